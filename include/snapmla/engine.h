@@ -1,0 +1,86 @@
+// The engine: a checkpoint on disk to text.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "snapmla/kv_cache.h"
+#include "snapmla/mla.h"
+#include "snapmla/model_config.h"
+
+namespace snapmla {
+
+struct EngineOptions {
+  std::string model_dir;
+  std::string backend = "auto";  // auto | cpu | ref (environment: SNAPMLA_BACKEND)
+  KvCacheFormat kv_cache = KvCacheFormat::kFp8;
+  ScaleMode scale_mode = ScaleMode::kAmax;
+  DecodeNumerics numerics;
+  std::int64_t max_model_len = 0;    // tokens per sequence; 0 = max_position_embeddings
+  std::int64_t kv_cache_tokens = 0;  // pool size in tokens; 0 = max_model_len
+  int prefill_chunk = 512;           // prompt tokens per forward; never changes a result
+  int threads = 0;                   // 0 = all that the process may use
+  std::function<void(double fraction)> on_load_progress;  // 0..1 while weights are loaded
+};
+
+// temperature 0 = greedy. Filters apply in the order top_k, top_p, min_p, on the tempered
+// distribution.
+struct SamplingParams {
+  float temperature = 0.0f;
+  float top_p = 1.0f;
+  float min_p = 0.0f;
+  int top_k = 0;  // 0 = off
+  std::uint64_t seed = 0;
+  std::int64_t max_tokens = 128;
+  std::vector<std::string> stop;  // text is cut before the first stop string
+  bool ignore_eos = false;
+};
+
+enum class FinishReason : std::uint8_t { kStop, kLength };
+const char* to_string(FinishReason reason) noexcept;
+
+struct RequestOutput {
+  std::vector<std::int32_t> prompt_tokens;
+  std::vector<std::int32_t> tokens;  // generated, without the end token
+  std::string text;                  // valid UTF-8
+  FinishReason finish_reason = FinishReason::kLength;
+  std::int64_t reused_tokens = 0;  // prompt tokens whose pages were found in the prefix index
+  double prompt_seconds = 0, decode_seconds = 0;
+  std::int64_t cache_bytes = 0;  // bytes of the pages this request used, all layers
+};
+
+class Tokenizer;  // src/model/tokenizer.h
+
+class Engine {
+ public:
+  // Loads the checkpoint. Throws Error: kNotFound / kInvalidFile / kUnsupported name the file and
+  // field.
+  explicit Engine(EngineOptions options);
+  ~Engine();
+  Engine(Engine&&) noexcept;
+
+  const ModelConfig& config() const;
+  const Tokenizer& tokenizer() const;
+  const EngineOptions& options() const;
+  std::string backend_name() const;
+  std::int64_t cache_bytes_per_token() const;  // all layers
+
+  // Runs one request to its end. on_text receives the new text as it becomes valid UTF-8; returning
+  // false cancels. Throws kInvalidArgument when the prompt is empty, holds an id outside the
+  // vocabulary or does not fit max_model_len.
+  RequestOutput generate(const std::vector<std::int32_t>& prompt_tokens,
+                         const SamplingParams& params,
+                         const std::function<bool(const std::string& text)>& on_text = {});
+
+  // Logits for every position of `tokens`, prefill path: [tokens.size(), vocab_size] f32.
+  std::vector<float> logits(const std::vector<std::int32_t>& tokens);
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace snapmla
