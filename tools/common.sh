@@ -1,0 +1,55 @@
+# Shared by ./run, ./test and .ci/run: what a fresh Debian machine lacks, and the build.
+# Sourced, never executed. Expects `root` to be the repository's root.
+
+SNAPMLA_PACKAGES=(
+  build-essential cmake ninja-build pkg-config ccache
+  libgtest-dev libgmock-dev libhwy-dev nlohmann-json3-dev libcli11-dev libpcre2-dev
+)
+
+say() { printf '\033[1m==>\033[0m %s\n' "$*" >&2; }
+die() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+# ensure_packages PACKAGE...: installs what is missing, through apt-get, as root or with sudo.
+ensure_packages() {
+  command -v dpkg-query >/dev/null || die "this script installs packages with apt-get, but dpkg is not here; install by hand: $*"
+  local missing=() package
+  for package in "$@"; do
+    [ "$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing+=("$package")
+  done
+  [ ${#missing[@]} -eq 0 ] && return 0
+  local sudo=()
+  if [ "$(id -u)" -ne 0 ]; then
+    command -v sudo >/dev/null || die "these packages are missing and this is neither root nor is sudo here: ${missing[*]}"
+    sudo=(sudo)
+  fi
+  say "installing ${missing[*]}"
+  "${sudo[@]}" apt-get update -qq
+  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+}
+
+# The compiler of the CUDA toolkit may lie outside PATH.
+find_nvcc() {
+  command -v nvcc >/dev/null && return 0
+  if [ -x /usr/local/cuda/bin/nvcc ]; then
+    export PATH="$PATH:/usr/local/cuda/bin"
+    return 0
+  fi
+  return 1
+}
+
+# build DIR TARGET [CMAKE OPTION...]: configures once, then builds what changed. TARGET "all" = everything.
+build() {
+  local dir=$1 target=$2
+  shift 2
+  local log="$dir/build.log"
+  mkdir -p "$dir"
+  if [ ! -f "$dir/build.ninja" ] || [ "$(cat "$dir/.options" 2>/dev/null)" != "$*" ]; then
+    if ! find_nvcc; then say "no nvcc found: building without CUDA"; fi
+    cmake -S "$root" -B "$dir" -G Ninja "$@" >"$log" 2>&1 || { tail -n 40 "$log" >&2; die "configuring failed (whole log: $log)"; }
+    printf '%s' "$*" >"$dir/.options"
+  fi
+  if ! ninja -C "$dir" -n "$target" 2>/dev/null | grep -q 'no work to do'; then
+    say "building ($dir)"
+    cmake --build "$dir" --target "$target" >"$log" 2>&1 || { grep -E -A6 'error|FAILED|warning' "$log" | head -n 60 >&2; die "the build failed (whole log: $log)"; }
+  fi
+}
