@@ -1,0 +1,16 @@
+// The only place that names a backend.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "ops/op_set.h"
+
+namespace snapmla::engine {
+
+// name: auto | cpu | ref | cuda. "auto" takes SNAPMLA_BACKEND if it is set, else cpu. Throws
+// kUnsupported for a backend that this build lacks, with the reason, and kInvalidArgument for an
+// unknown name.
+std::unique_ptr<ops::OpSet> make_backend(const std::string& name, int threads);
+
+}  // namespace snapmla::engine

@@ -1,0 +1,217 @@
+#include "snapmla/engine.h"
+
+#include <algorithm>
+#include <chrono>
+#include <set>
+#include <string>
+#include <utility>
+
+#include "engine/backend_factory.h"
+#include "engine/sampler.h"
+#include "engine/stop_text.h"
+#include "kv_cache/paged_cache.h"
+#include "model/config.h"
+#include "model/forward.h"
+#include "model/generation_config.h"
+#include "model/safetensors.h"
+#include "model/tokenizer.h"
+#include "model/weights.h"
+#include "snapmla/error.h"
+
+namespace snapmla {
+namespace {
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+std::int64_t pages_for(std::int64_t tokens) { return (tokens + kPageSize - 1) / kPageSize; }
+
+}  // namespace
+
+const char* to_string(FinishReason reason) noexcept {
+  return reason == FinishReason::kStop ? "stop" : "length";
+}
+
+struct Engine::Impl {
+  EngineOptions options;
+  ModelConfig config;
+  std::unique_ptr<ops::OpSet> ops;
+  model::Checkpoint checkpoint;  // keeps the mapped files that the weights point into
+  model::ModelWeights weights;
+  std::unique_ptr<Tokenizer> tokenizer;  // null when the directory has no tokenizer.json
+  std::set<std::int32_t> end_tokens;
+  std::int64_t max_len = 0;
+  std::unique_ptr<PagedCache> cache;
+  std::unique_ptr<model::Forward> forward;
+
+  explicit Impl(EngineOptions given);
+  void check_prompt(const std::vector<std::int32_t>& prompt) const;
+  // Hidden state of the last prompt token.
+  std::vector<float> prefill(SequencePages& pages, const std::vector<std::int32_t>& prompt,
+                             std::int64_t reused);
+};
+
+Engine::Impl::Impl(EngineOptions given)
+    : options(std::move(given)),
+      config(model::load_config(options.model_dir)),
+      ops(engine::make_backend(options.backend, options.threads)),
+      checkpoint(model::Checkpoint::open(options.model_dir)),
+      weights(model::load_weights(checkpoint, config, options.on_load_progress)) {
+  const std::filesystem::path dir(options.model_dir);
+  if (std::filesystem::exists(dir / "tokenizer.json")) {
+    tokenizer = std::make_unique<Tokenizer>(Tokenizer::load(dir));
+  }
+  // generation_config.json wins over config.json: chat models end turns with another token.
+  const model::GenerationConfig generation = model::load_generation_config(dir);
+  const auto& ends =
+      generation.eos_token_ids.empty() ? config.eos_token_ids : generation.eos_token_ids;
+  for (std::int64_t id : ends) end_tokens.insert(static_cast<std::int32_t>(id));
+  max_len = options.max_model_len > 0 ? options.max_model_len : config.max_position_embeddings;
+  if (options.prefill_chunk < 1) {
+    throw Error(
+        ErrorCode::kInvalidArgument,
+        "prefill_chunk: got " + std::to_string(options.prefill_chunk) + ", accepted is at least 1");
+  }
+  const std::int64_t pool = options.kv_cache_tokens > 0 ? options.kv_cache_tokens : max_len;
+  cache = std::make_unique<PagedCache>(options.kv_cache, config.num_hidden_layers, pages_for(pool));
+  forward = std::make_unique<model::Forward>(config, weights, *ops, *cache, max_len,
+                                             options.scale_mode, options.numerics);
+}
+
+void Engine::Impl::check_prompt(const std::vector<std::int32_t>& prompt) const {
+  if (prompt.empty()) {
+    throw Error(ErrorCode::kInvalidArgument, "prompt: got no tokens, accepted is at least 1");
+  }
+  const std::int64_t length = static_cast<std::int64_t>(prompt.size());
+  const std::int64_t limit = std::min(max_len, cache->allocator().num_pages() * kPageSize);
+  if (length > limit) {
+    throw Error(ErrorCode::kInvalidArgument, "prompt: got " + std::to_string(length) +
+                                                 " tokens, accepted are at most " +
+                                                 std::to_string(limit));
+  }
+  for (std::size_t i = 0; i < prompt.size(); ++i) {
+    if (prompt[i] < 0 || prompt[i] >= config.vocab_size) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  "prompt: token " + std::to_string(i) + " is " + std::to_string(prompt[i]) +
+                      ", accepted are 0 to " + std::to_string(config.vocab_size - 1));
+    }
+  }
+}
+
+std::vector<float> Engine::Impl::prefill(SequencePages& pages,
+                                         const std::vector<std::int32_t>& prompt,
+                                         std::int64_t reused) {
+  const auto length = static_cast<std::int64_t>(prompt.size());
+  std::span<const float> hidden;
+  std::int64_t rows = 0;
+  for (std::int64_t at = reused; at < length; at += rows) {
+    rows = std::min<std::int64_t>(options.prefill_chunk, length - at);
+    hidden = forward->prefill(
+        pages, at,
+        std::span(prompt).subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(rows)));
+  }
+  const auto last = hidden.last(static_cast<std::size_t>(config.hidden_size));
+  return {last.begin(), last.end()};
+}
+
+Engine::Engine(EngineOptions options) : impl_(std::make_unique<Impl>(std::move(options))) {}
+Engine::~Engine() = default;
+Engine::Engine(Engine&&) noexcept = default;
+
+const ModelConfig& Engine::config() const { return impl_->config; }
+const EngineOptions& Engine::options() const { return impl_->options; }
+std::string Engine::backend_name() const { return impl_->ops->name(); }
+
+const Tokenizer& Engine::tokenizer() const {
+  if (!impl_->tokenizer) {
+    throw Error(ErrorCode::kNotFound, impl_->options.model_dir + "/tokenizer.json: no such file");
+  }
+  return *impl_->tokenizer;
+}
+
+std::int64_t Engine::cache_bytes_per_token() const {
+  return impl_->cache->bytes_per_page() / kPageSize * impl_->config.num_hidden_layers;
+}
+
+RequestOutput Engine::generate(const std::vector<std::int32_t>& prompt_tokens,
+                               const SamplingParams& params,
+                               const std::function<bool(const std::string& text)>& on_text) {
+  Impl& e = *impl_;
+  e.check_prompt(prompt_tokens);
+  engine::Sampler sampler(params);
+  RequestOutput result;
+  result.prompt_tokens = prompt_tokens;
+  const auto prompt_length = static_cast<std::int64_t>(prompt_tokens.size());
+
+  SequencePages pages(*e.cache);
+  const auto start = std::chrono::steady_clock::now();
+  // The last prompt token is always computed: its logits are what comes next.
+  result.reused_tokens = pages.reuse_prefix(prompt_tokens, prompt_length - 1);
+  if (!pages.extend(prompt_length - result.reused_tokens)) {
+    throw Error(ErrorCode::kOutOfMemory, "the cache pool has no room for a prompt of " +
+                                             std::to_string(prompt_length) + " tokens");
+  }
+  std::vector<float> hidden = e.prefill(pages, prompt_tokens, result.reused_tokens);
+  e.cache->prefix_index().insert(prompt_tokens, pages.table());
+  result.prompt_seconds = seconds_since(start);
+
+  const auto decode_start = std::chrono::steady_clock::now();
+  engine::StopText text(e.tokenizer.get(), params.stop);
+  std::vector<float> logits;
+  bool running = true;
+  while (running && static_cast<std::int64_t>(result.tokens.size()) < params.max_tokens) {
+    e.forward->logits(hidden, logits);
+    const std::int32_t token = sampler.sample(logits);
+    if (!params.ignore_eos && e.end_tokens.contains(token)) {
+      result.finish_reason = FinishReason::kStop;
+      break;
+    }
+    result.tokens.push_back(token);
+    const std::string piece = text.push(token);
+    if (!piece.empty() && on_text && !on_text(piece)) break;
+    if (text.stopped()) {
+      result.finish_reason = FinishReason::kStop;
+      break;
+    }
+    if (static_cast<std::int64_t>(result.tokens.size()) == params.max_tokens) break;
+    if (pages.length() + 1 > e.max_len || !pages.extend(1)) break;
+    const SequencePages* sequence = &pages;
+    const auto next = e.forward->decode({&sequence, 1}, 1, {&token, 1});
+    hidden.assign(next.begin(), next.end());
+  }
+  if (!text.stopped()) {
+    const std::string rest = text.finish();
+    if (!rest.empty() && on_text) on_text(rest);
+  }
+  result.text = text.text();
+  result.decode_seconds = seconds_since(decode_start);
+  result.cache_bytes = static_cast<std::int64_t>(pages.table().size()) * e.cache->bytes_per_page() *
+                       e.config.num_hidden_layers;
+  return result;
+}
+
+std::vector<float> Engine::logits(const std::vector<std::int32_t>& tokens) {
+  Impl& e = *impl_;
+  e.check_prompt(tokens);
+  const auto length = static_cast<std::int64_t>(tokens.size());
+  SequencePages pages(*e.cache);
+  if (!pages.extend(length)) {
+    throw Error(ErrorCode::kOutOfMemory,
+                "the cache pool has no room for " + std::to_string(length) + " tokens");
+  }
+  std::vector<float> all, part;
+  all.reserve(static_cast<std::size_t>(length * e.config.vocab_size));
+  std::int64_t rows = 0;
+  for (std::int64_t at = 0; at < length; at += rows) {
+    rows = std::min<std::int64_t>(e.options.prefill_chunk, length - at);
+    e.forward->logits(e.forward->prefill(pages, at,
+                                         std::span(tokens).subspan(static_cast<std::size_t>(at),
+                                                                   static_cast<std::size_t>(rows))),
+                      part);
+    all.insert(all.end(), part.begin(), part.end());
+  }
+  return all;
+}
+
+}  // namespace snapmla

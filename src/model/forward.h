@@ -1,0 +1,85 @@
+// The DeepSeek-V2/V3 forward pass, once for all backends, in terms of OpSet operations.
+//
+//   block:   x += Attn(RMSNorm(x));  x += FFN(RMSNorm(x))          (model_spec: norm, MLA, router
+//   formulae) prefill: naive MLA over all keys of the sequence, read back from the cache. Every
+//   key, the chunk's own
+//            included, has gone through the cache's quantiser, so the result for a token does not
+//            depend on how the prompt was cut or on which pages were found in the prefix index: bit
+//            for bit.
+//   decode:  absorbed MLA: W_UK is folded into the query, W_UV into the output; attention runs on
+//   latents.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "kv_cache/paged_cache.h"
+#include "model/weights.h"
+#include "ops/op_set.h"
+#include "snapmla/mla.h"
+#include "snapmla/model_config.h"
+
+namespace snapmla::model {
+
+// Not thread-safe: it owns the scratch memory of a step. The references must outlive it.
+class Forward {
+ public:
+  // max_positions: rows of the RoPE table, hence the longest sequence.
+  Forward(const ModelConfig& config, const ModelWeights& weights, ops::OpSet& ops,
+          PagedCache& cache, std::int64_t max_positions, ScaleMode scale_mode,
+          DecodeNumerics numerics);
+
+  // Prompt tokens at positions [begin, begin + tokens.size()) of a sequence whose pages have room
+  // for them. Returns the hidden states after the final norm, [tokens.size(), hidden_size] f32,
+  // valid until the next call.
+  std::span<const float> prefill(const SequencePages& pages, std::int64_t begin,
+                                 std::span<const std::int32_t> tokens);
+
+  // seqlen_q new tokens for each sequence, the last ones of its length(): tokens is [batch,
+  // seqlen_q]. Returns [batch * seqlen_q, hidden_size] f32 as above.
+  std::span<const float> decode(std::span<const SequencePages* const> sequences, int seqlen_q,
+                                std::span<const std::int32_t> tokens);
+
+  // lm_head on rows of hidden states: [rows, hidden_size] -> [rows, vocab_size] f32.
+  void logits(std::span<const float> hidden, std::vector<float>& out);
+
+ private:
+  struct Step;  // what one call is about: positions, slots, and how attention runs
+
+  std::span<const float> run(const Step& step, std::span<const std::int32_t> tokens);
+  void attention(const Step& step, std::int64_t layer);
+  void prefill_attention(const Step& step, std::int64_t layer);
+  void decode_attention(const Step& step, std::int64_t layer);
+  void query(const LayerWeights& w, std::int64_t n);
+  void append(const Step& step, const LayerWeights& w, std::int64_t layer);
+  void rotate(float* x, std::int64_t n, std::int64_t heads, std::int64_t row_stride,
+              std::int64_t head_stride, const TensorView& positions);
+  void ffn(const LayerWeights& w, std::int64_t n);
+  void dense_ffn(const ops::Weight& gate, const ops::Weight& up, const ops::Weight& down,
+                 std::int64_t n);
+  void moe_ffn(const LayerWeights& w, std::int64_t n);
+  void rms_norm(const std::vector<float>& x, const TensorView& weight, double eps, std::int64_t n,
+                std::int64_t width, std::vector<float>& out);
+  void linear(const std::vector<float>& x, const ops::Weight& w, std::int64_t n,
+              std::vector<float>& out);
+
+  const ModelConfig& config_;
+  const ModelWeights& weights_;
+  ops::OpSet& ops_;
+  PagedCache& cache_;
+  ScaleMode scale_mode_;
+  DecodeNumerics numerics_;
+  std::int64_t max_positions_;
+  std::vector<float> rope_table_;  // [max_positions, rope] cos, sin pairs
+
+  // Scratch, [tokens, ...] f32.
+  std::vector<float> x_, normed_, q_, q_low_, kv_, latent_, k_rope_, attn_, proj_, gate_, up_, out_;
+  std::vector<float> keys_latent_, keys_rope_, keys_expanded_, router_, router_weights_;
+  std::vector<float> q_latent_, q_rope_, attn_latent_, q_scale_, rope_scratch_;
+  std::vector<std::uint8_t> q_codes_;
+  std::vector<BFloat16> q_low_precision_, q_rope_low_precision_;
+  std::vector<std::int32_t> router_ids_;
+};
+
+}  // namespace snapmla::model
