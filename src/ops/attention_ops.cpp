@@ -1,0 +1,121 @@
+// Fronts of the operations on the paged cache.
+#include <cmath>
+
+#include "ops/ops.h"
+#include "ops/validate.h"
+
+namespace snapmla::ops {
+namespace {
+
+constexpr std::initializer_list<DType> kF32OrBf16 = {DType::kF32, DType::kBF16};
+
+void check_cache(const KvCacheView& c) {
+  require(c.num_pages >= 1, "cache num_pages", c.num_pages, "at least 1");
+  const PageLayout l = page_layout(c.format);
+  if (!c.latent || !c.rope || (l.has_scale && !c.scale)) {
+    refuse("cache", "a null plane pointer", "valid latent, rope and (FP8) scale pointers");
+  }
+  const auto check_stride = [](const char* name, std::int64_t got, std::int64_t least) {
+    if (got < least || got % 4 != 0) {
+      refuse(name, str(got, " bytes"), str("a multiple of 4 of at least ", least, " bytes"));
+    }
+  };
+  check_stride("cache latent_page_stride", c.latent_page_stride,
+               kPageSize * kKvLoraRank * l.latent_elem_bytes);
+  check_stride("cache rope_page_stride", c.rope_page_stride,
+               kPageSize * kQkRopeHeadDim * l.rope_elem_bytes);
+  if (l.has_scale) check_stride("cache scale_page_stride", c.scale_page_stride, kPageSize * 4);
+}
+
+// The entries that `tokens` tokens use must be pages of the pool; the others are never looked at.
+void check_table(const std::int32_t* table, std::int64_t entries, std::int64_t tokens,
+                 std::int64_t num_pages, std::int64_t request) {
+  const std::int64_t used = (tokens + kPageSize - 1) / kPageSize;
+  if (used > entries) {
+    refuse("block_table", str(entries, " pages for the ", tokens, " tokens of request ", request),
+           str("at least ", used, " pages"));
+  }
+  for (std::int64_t i = 0; i < used; ++i) {
+    if (table[i] < 0 || table[i] >= num_pages) {
+      refuse("block_table", str("page ", table[i], " at [", request, ", ", i, "]"),
+             str("0 to ", num_pages - 1));
+    }
+  }
+}
+
+}  // namespace
+
+void quantize_q(OpSet& ops, const QuantizeQArgs& a) {
+  check_tensor("q_latent", a.q_latent, {kAny, kAny, kAny, kKvLoraRank}, kF32OrBf16);
+  const std::int64_t b = a.q_latent.dim(0), s = a.q_latent.dim(1), h = a.q_latent.dim(2);
+  check_tensor("q_rope", a.q_rope, {b, s, h, kQkRopeHeadDim}, kF32OrBf16);
+  check_tensor("q_latent_out", a.q_latent_out, {b, s, h, kKvLoraRank}, {DType::kE4M3});
+  check_tensor("q_rope_out", a.q_rope_out, {b, s, h, kQkRopeHeadDim}, {DType::kBF16});
+  check_tensor("q_scale_out", a.q_scale_out, {b, s, h}, {DType::kF32});
+  check_no_overlap("q_latent_out", a.q_latent_out, "q_latent", a.q_latent);
+  check_no_overlap("q_rope_out", a.q_rope_out, "q_rope", a.q_rope);
+  if (b * s * h > 0) ops.quantize_q(a);
+}
+
+void append_kv(OpSet& ops, const AppendKvArgs& a) {
+  check_tensor("latent", a.latent, {kAny, kKvLoraRank}, kF32OrBf16);
+  check_tensor("rope", a.rope, {a.latent.dim(0), kQkRopeHeadDim}, kF32OrBf16);
+  check_tensor("slot_mapping", a.slot_mapping, {a.latent.dim(0)}, {DType::kI64});
+  check_cache(a.cache);
+  for (std::int64_t i = 0; i < a.latent.dim(0); ++i) {
+    const std::int64_t slot = a.slot_mapping.data<std::int64_t>()[i];
+    if (slot < -1 || slot >= a.cache.num_pages * kPageSize) {
+      refuse("slot_mapping", str("slot ", slot, " for token ", i),
+             str("-1 (skip) to ", a.cache.num_pages * kPageSize - 1));
+    }
+  }
+  if (a.latent.dim(0) > 0) ops.append_kv(a);
+}
+
+void fetch_dequant(OpSet& ops, const FetchDequantArgs& a) {
+  check_cache(a.cache);
+  check_tensor("block_table", a.block_table, {kAny}, {DType::kI32});
+  if (a.token_begin < 0 || a.token_end < a.token_begin) {
+    refuse("token range", str("[", a.token_begin, ", ", a.token_end, ")"), "0 <= begin <= end");
+  }
+  const std::int64_t n = a.token_end - a.token_begin;
+  check_tensor("latent_out", a.latent_out, {n, kKvLoraRank}, kF32OrBf16);
+  check_tensor("rope_out", a.rope_out, {n, kQkRopeHeadDim}, kF32OrBf16);
+  check_table(a.block_table.data<std::int32_t>(), a.block_table.dim(0), a.token_end,
+              a.cache.num_pages, 0);
+  if (n > 0) ops.fetch_dequant(a);
+}
+
+void mla_decode(OpSet& ops, const MlaDecodeArgs& a) {
+  check_cache(a.cache);
+  const bool fp8 = a.cache.format == KvCacheFormat::kFp8,
+             f32 = a.cache.format == KvCacheFormat::kF32;
+  const DType latent_type = fp8 ? DType::kE4M3 : f32 ? DType::kF32 : DType::kBF16;
+  check_tensor("q_latent", a.q_latent, {kAny, kAny, kAny, kKvLoraRank}, {latent_type});
+  const std::int64_t b = a.q_latent.dim(0), s = a.q_latent.dim(1), h = a.q_latent.dim(2);
+  require(s >= 1 && s <= kMaxSeqlenQ, "seqlen_q", s, "1 to 16");
+  require(h >= 1 && h <= kMaxHeadsQ, "heads_q", h, "1 to 128");
+  check_tensor("q_rope", a.q_rope, {b, s, h, kQkRopeHeadDim}, {f32 ? DType::kF32 : DType::kBF16});
+  if (fp8) check_tensor("q_scale", a.q_scale, {b, s, h}, {DType::kF32});
+  check_tensor("block_table", a.block_table, {b, kAny}, {DType::kI32});
+  check_tensor("cache_seqlens", a.cache_seqlens, {b}, {DType::kI32});
+  check_tensor("out", a.out, {b, s, h, kKvLoraRank}, kF32OrBf16);
+  if (a.lse.raw()) check_tensor("lse", a.lse, {b, h, s}, {DType::kF32});
+  require(std::isfinite(a.softmax_scale) && a.softmax_scale > 0, "softmax_scale", a.softmax_scale,
+          "a finite number > 0");
+  require(a.num_splits >= 0 && a.num_splits <= 4096, "num_splits", a.num_splits,
+          "0 (automatic) to 4096");
+  require(a.numerics.p_block == 64 || a.numerics.p_block == 128, "p_block", a.numerics.p_block,
+          "64 or 128");
+  check_no_overlap("out", a.out, "q_latent", a.q_latent);
+  check_no_overlap("out", a.out, "q_rope", a.q_rope);
+  for (std::int64_t i = 0; i < b; ++i) {
+    const std::int32_t length = a.cache_seqlens.data<std::int32_t>()[i];
+    if (length < 0) refuse("cache_seqlens", str(length, " for request ", i), "at least 0");
+    check_table(a.block_table.row<std::int32_t>(i), a.block_table.dim(1), length, a.cache.num_pages,
+                i);
+  }
+  if (b > 0) ops.mla_decode(a);
+}
+
+}  // namespace snapmla::ops
