@@ -1,0 +1,44 @@
+// The weights of a DeepSeek-family checkpoint, found by their names, with shapes checked against
+// the config.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "model/safetensors.h"
+#include "ops/op_set.h"
+#include "snapmla/model_config.h"
+
+namespace snapmla::model {
+
+struct LayerWeights {
+  TensorView attn_norm, ffn_norm;  // [hidden]
+  ops::Weight q_proj;              // [H (nope + rope), hidden], without q_lora
+  ops::Weight q_a, q_b;            // [q_lora, hidden], [H (nope + rope), q_lora]
+  TensorView q_a_norm, kv_a_norm;  // [q_lora], [512]
+  ops::Weight kv_a, kv_b, o_proj;  // [512 + 64, hidden], [H (nope + v), 512], [hidden, H v]
+  TensorView w_uk, w_uv;           // [H, 512, nope], [H, v, 512] f32: kv_b split per head
+  ops::Weight gate, up, down;      // dense FFN
+  ops::Weight router;              // [experts, hidden]
+  TensorView router_bias;          // [experts] f32 or empty
+  std::vector<ops::ExpertWeights> experts;
+  ops::Weight shared_gate, shared_up, shared_down;
+};
+
+// Views into the mapped files, and the few tensors that are made at load.
+struct ModelWeights {
+  TensorView embed;       // [vocab, hidden]
+  TensorView final_norm;  // [hidden]
+  ops::Weight lm_head;    // [vocab, hidden]
+  std::vector<LayerWeights> layers;
+  std::vector<std::unique_ptr<float[]>> made;
+};
+
+// `checkpoint` must outlive the result. Throws kNotFound for a missing tensor, kInvalidFile for one
+// whose shape or type does not fit the config. on_progress receives 0..1.
+ModelWeights load_weights(const Checkpoint& checkpoint, const ModelConfig& config,
+                          const std::function<void(double)>& on_progress = {});
+
+}  // namespace snapmla::model
