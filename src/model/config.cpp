@@ -24,20 +24,24 @@ namespace {
 }
 
 void read_rope(const JsonObject& json, const std::string& file, ModelConfig& c) {
-  c.rope_theta = json.number_or("rope_theta", 1.0, 1e12, 10000.0);
+  c.rope_theta = json.number_or("rope_theta", 2.0, 1e12, 10000.0);
   const bool fresh = json.has("rope_parameters");  // transformers 5; before that: rope_scaling
   if (!fresh && !json.has("rope_scaling")) return;
   const JsonObject rope = json.object(fresh ? "rope_parameters" : "rope_scaling");
-  c.rope_theta = rope.number_or("rope_theta", 1.0, 1e12, c.rope_theta);
+  c.rope_theta = rope.number_or("rope_theta", 2.0, 1e12, c.rope_theta);
   const std::string type = rope.string_or("rope_type", rope.string_or("type", "default"));
   if (type == "default") return;
   if (type != "yarn")
     unsupported(file, "rope_type: got '" + type + "', accepted are default and yarn");
+  if (rope.has("attention_factor"))
+    unsupported(file, "attention_factor: accepted is none, the factor follows from mscale");
+  if (!rope.boolean_or("truncate", true))
+    unsupported(file, "truncate: got false, accepted is true");
   RopeScaling yarn;
   yarn.factor = rope.number("factor", 1.0, 1e4);
   yarn.beta_fast = rope.number_or("beta_fast", 1e-3, 1e6, 32.0);
   yarn.beta_slow = rope.number_or("beta_slow", 1e-3, 1e6, 1.0);
-  yarn.mscale = rope.number_or("mscale", 0.0, 100.0, 1.0);
+  yarn.mscale = rope.number_or("mscale", 0.0, 100.0, 0.0);  // 0: not given
   yarn.mscale_all_dim = rope.number_or("mscale_all_dim", 0.0, 100.0, 0.0);
   yarn.original_max_position_embeddings =
       rope.integer_or("original_max_position_embeddings", 1, std::int64_t{1} << 31, 4096);

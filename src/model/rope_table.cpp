@@ -43,7 +43,7 @@ std::vector<float> build_rope_table(const ModelConfig& config, std::int64_t posi
   double multiplier = 1.0;
   if (config.yarn) {
     const RopeScaling& y = *config.yarn;
-    multiplier = y.mscale_all_dim != 0.0
+    multiplier = y.mscale != 0.0 && y.mscale_all_dim != 0.0
                      ? yarn_mscale(y.factor, y.mscale) / yarn_mscale(y.factor, y.mscale_all_dim)
                      : yarn_mscale(y.factor, 1.0);
   }

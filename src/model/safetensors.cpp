@@ -73,7 +73,7 @@ SafetensorsFile::~SafetensorsFile() {
 }
 
 void SafetensorsFile::map(const std::filesystem::path& path) {
-  fd_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  fd_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (fd_ < 0) {
     throw Error(errno == ENOENT ? ErrorCode::kNotFound : ErrorCode::kIo,
                 name_ + ": " + std::strerror(errno));
@@ -91,6 +91,14 @@ void SafetensorsFile::map(const std::filesystem::path& path) {
   void* data = mmap(nullptr, static_cast<std::size_t>(size_), PROT_READ, MAP_PRIVATE, fd_, 0);
   if (data == MAP_FAILED) throw Error(ErrorCode::kIo, name_ + ": mmap: " + std::strerror(errno));
   data_ = static_cast<const std::uint8_t*>(data);
+}
+
+void SafetensorsFile::check_size() const {
+  struct stat info {};
+  if (fstat(fd_, &info) != 0 || info.st_size != size_) {
+    throw Error(ErrorCode::kIo, str(name_, ": got ", info.st_size, " bytes, accepted are the ",
+                                    size_, " bytes of when it was opened"));
+  }
 }
 
 void SafetensorsFile::parse() {
@@ -156,6 +164,13 @@ void SafetensorsFile::parse() {
 }
 
 void Checkpoint::add(const std::filesystem::path& path) {
+  // A link may name another file of the directory, not one outside it.
+  std::error_code code;
+  const auto target = std::filesystem::canonical(path, code);
+  if (!code && target.parent_path() != std::filesystem::canonical(path.parent_path())) {
+    throw Error(ErrorCode::kInvalidFile, str(path.string(), ": got a link to ", target.string(),
+                                             ", accepted is a file of the model directory itself"));
+  }
   files_.push_back(std::make_unique<SafetensorsFile>(path));
   for (const auto& [name, view] : files_.back()->tensors()) {
     if (!tensors_.emplace(name, view).second) {
@@ -180,6 +195,7 @@ Checkpoint Checkpoint::open(const std::filesystem::path& model_dir) {
   const nlohmann::json map = json.raw("weight_map");
   if (!map.is_object()) json.refuse("weight_map", "an object of tensor names and shard files");
   std::set<std::string> shards;
+  std::map<std::string, std::string> shard_of;
   for (const auto& [tensor, shard] : map.items()) {
     // A shard is a file of the directory itself: no path, no way out of it.
     const std::string file = shard.is_string() ? shard.get<std::string>() : "";
@@ -190,15 +206,34 @@ Checkpoint Checkpoint::open(const std::filesystem::path& model_dir) {
                       file.substr(0, 100), "', accepted is a file name without a path"));
     }
     shards.insert(file);
+    shard_of.emplace(tensor, file);
   }
   for (const std::string& shard : shards) checkpoint.add(model_dir / shard);
-  for (const auto& [tensor, shard] : map.items()) {
+  std::size_t listed = 0;
+  std::size_t at = 0;
+  for (const std::string& shard : shards) {
+    for (const auto& entry : checkpoint.files_[at++]->tensors()) {
+      const auto it = shard_of.find(entry.first);
+      if (it == shard_of.end() || it->second != shard) {
+        throw Error(ErrorCode::kInvalidFile,
+                    str(index.string(), ": weight_map: tensor '", entry.first, "' of ", shard,
+                        " is not listed as a tensor of that file"));
+      }
+      ++listed;
+    }
+  }
+  if (listed == shard_of.size()) return checkpoint;
+  for (const auto& [tensor, shard] : shard_of) {
     if (!checkpoint.has(tensor)) {
-      throw Error(ErrorCode::kInvalidFile, str(index.string(), ": weight_map: tensor '", tensor,
-                                               "' is not in ", shard.get<std::string>()));
+      throw Error(ErrorCode::kInvalidFile,
+                  str(index.string(), ": weight_map: tensor '", tensor, "' is not in ", shard));
     }
   }
   return checkpoint;
+}
+
+void Checkpoint::check_sizes() const {
+  for (const auto& file : files_) file->check_size();
 }
 
 TensorView Checkpoint::get(const std::string& name) const {

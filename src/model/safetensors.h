@@ -24,6 +24,10 @@ class SafetensorsFile {
 
   const std::map<std::string, TensorView>& tensors() const { return tensors_; }
   std::int64_t size() const { return size_; }
+  // Throws kIo when the file has another size than at open. Reading a mapped page beyond the new
+  // end would raise SIGBUS; a file must not change while it is loaded, and this names the one that
+  // did.
+  void check_size() const;
 
  private:
   void map(const std::filesystem::path& path);
@@ -44,6 +48,7 @@ class Checkpoint {
   bool has(const std::string& name) const { return tensors_.contains(name); }
   // Throws kNotFound naming the tensor and the directory.
   TensorView get(const std::string& name) const;
+  void check_sizes() const;  // of every file, as SafetensorsFile::check_size
   std::int64_t total_bytes() const { return total_bytes_; }
   const std::map<std::string, TensorView>& tensors() const { return tensors_; }
   const std::string& directory() const { return directory_; }

@@ -1,5 +1,6 @@
 #include "model/weights.h"
 
+#include <optional>
 #include <string>
 
 #include "base/check.h"
@@ -42,6 +43,43 @@ class Loader {
       dense(p + "mlp.", c_.intermediate_size, w.gate, w.up, w.down);
     }
     return w;
+  }
+
+  // Layer num_hidden_layers, with its own projections of the embedding and the hidden state.
+  std::optional<MtpWeights> mtp(ModelWeights& model) {
+    const std::string p = "model.layers." + std::to_string(c_.num_hidden_layers) + ".";
+    if (c_.num_nextn_predict_layers == 0 || !checkpoint_.has(p + "eh_proj.weight"))
+      return std::nullopt;
+    MtpWeights w;
+    w.enorm = vector(p + "enorm.weight", c_.hidden_size);
+    w.hnorm = vector(p + "hnorm.weight", c_.hidden_size);
+    w.eh_proj = matrix(p + "eh_proj", c_.hidden_size, 2 * c_.hidden_size);
+    w.head_norm = vector(p + "shared_head.norm.weight", c_.hidden_size);
+    w.block = layer(c_.num_hidden_layers, model);
+    return w;
+  }
+
+  // A config that promises more than the files hold is refused before anything is allocated for it.
+  void check_bytes() {
+    const auto d = static_cast<double>(c_.hidden_size),
+               h = static_cast<double>(c_.num_attention_heads);
+    const auto rank = static_cast<double>(c_.kv_lora_rank);
+    const auto nope = static_cast<double>(c_.qk_nope_head_dim),
+               v = static_cast<double>(c_.v_head_dim);
+    // One byte per element is the least that any accepted type takes.
+    double bytes =
+        2.0 * d * static_cast<double>(c_.vocab_size) * (c_.tie_word_embeddings ? 0.5 : 1.0);
+    for (std::int64_t i = 0; i < c_.num_hidden_layers; ++i) {
+      bytes += h * rank * (nope + v) + d * h * v;
+      bytes += c_.is_moe_layer(i) ? 3.0 * d * static_cast<double>(c_.num_experts) *
+                                        static_cast<double>(c_.moe_intermediate_size)
+                                  : 3.0 * d * static_cast<double>(c_.intermediate_size);
+    }
+    if (bytes > static_cast<double>(checkpoint_.total_bytes())) {
+      throw Error(ErrorCode::kInvalidFile,
+                  str(checkpoint_.directory(), ": weights: got ", checkpoint_.total_bytes(),
+                      " bytes, accepted for this config.json are at least ", bytes));
+    }
   }
 
  private:
@@ -178,6 +216,8 @@ class Loader {
 ModelWeights load_weights(const Checkpoint& checkpoint, const ModelConfig& config,
                           const std::function<void(double)>& on_progress) {
   Loader loader(checkpoint, config);
+  checkpoint.check_sizes();
+  loader.check_bytes();
   ModelWeights model;
   ops::Weight embed;
   embed.data = checkpoint.get("model.embed_tokens.weight");
@@ -197,6 +237,8 @@ ModelWeights load_weights(const Checkpoint& checkpoint, const ModelConfig& confi
     if (on_progress)
       on_progress(static_cast<double>(i + 1) / static_cast<double>(config.num_hidden_layers));
   }
+  model.mtp = loader.mtp(model);
+  checkpoint.check_sizes();
   return model;
 }
 

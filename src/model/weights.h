@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "model/safetensors.h"
@@ -27,17 +28,27 @@ struct LayerWeights {
   ops::Weight shared_gate, shared_up, shared_down;
 };
 
+// The multi-token prediction layer: input eh_proj [enorm(embedding) | hnorm(hidden)].
+struct MtpWeights {
+  TensorView enorm, hnorm;  // [hidden]
+  ops::Weight eh_proj;      // [hidden, 2 hidden]
+  TensorView head_norm;     // [hidden]; the head itself is the main lm_head
+  LayerWeights block;
+};
+
 // Views into the mapped files, and the few tensors that are made at load.
 struct ModelWeights {
   TensorView embed;       // [vocab, hidden]
   TensorView final_norm;  // [hidden]
   ops::Weight lm_head;    // [vocab, hidden]
   std::vector<LayerWeights> layers;
+  std::optional<MtpWeights> mtp;  // when the config has one and the checkpoint holds it
   std::vector<std::unique_ptr<float[]>> made;
 };
 
 // `checkpoint` must outlive the result. Throws kNotFound for a missing tensor, kInvalidFile for one
-// whose shape or type does not fit the config. on_progress receives 0..1.
+// whose shape or type does not fit the config or for fewer bytes than the config needs, kIo when a
+// file changed its size meanwhile. on_progress receives 0..1.
 ModelWeights load_weights(const Checkpoint& checkpoint, const ModelConfig& config,
                           const std::function<void(double)>& on_progress = {});
 

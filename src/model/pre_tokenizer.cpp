@@ -1,0 +1,125 @@
+#include "model/pre_tokenizer.h"
+
+#define PCRE2_CODE_UNIT_WIDTH 8
+#include <pcre2.h>
+
+#include "base/check.h"
+
+namespace snapmla::model {
+namespace {
+
+constexpr std::uint32_t kMatchLimit = 1'000'000;
+constexpr std::uint32_t kDepthLimit = 10'000;
+constexpr std::size_t kMaxPattern = 64 << 10;
+
+// GPT-2's pattern, which ByteLevel applies when use_regex is true.
+constexpr const char* kGpt2 =
+    R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
+
+std::string quote(const std::string& literal) {
+  std::string out;
+  for (char c : literal) {
+    if (std::string_view("\\^$.[]|()?*+{}#-").find(c) != std::string_view::npos) out += '\\';
+    out += c;
+  }
+  return out;
+}
+
+void add_step(const JsonObject& step, const std::string& file, std::vector<SplitStep>& steps,
+              int depth) {
+  const std::string type = step.string("type");
+  if (type == "Sequence") {
+    const nlohmann::json& list = step.raw("pretokenizers");
+    if (!list.is_array() || list.size() > 64 || depth > 4)
+      step.refuse("pretokenizers", "a list of at most 64 steps");
+    for (const nlohmann::json& item : list)
+      add_step(JsonObject(item, file, "pre_tokenizer"), file, steps, depth + 1);
+  } else if (type == "Split") {
+    if (step.string_or("behavior", "Isolated") != "Isolated") step.refuse("behavior", "Isolated");
+    if (step.boolean_or("invert", false)) step.refuse("invert", "false");
+    const JsonObject pattern = step.object("pattern");
+    steps.emplace_back(
+        pattern.has("Regex") ? pattern.string("Regex") : quote(pattern.string("String")), file);
+  } else if (type == "Digits") {
+    steps.emplace_back(step.boolean_or("individual_digits", false) ? "\\p{N}" : "\\p{N}+", file);
+  } else if (type == "ByteLevel") {
+    if (step.boolean_or("add_prefix_space", false)) step.refuse("add_prefix_space", "false");
+    if (step.boolean_or("use_regex", true)) steps.emplace_back(kGpt2, file);
+  } else {
+    throw Error(ErrorCode::kUnsupported,
+                file + ": pre_tokenizer.type: got '" + type +
+                    "', accepted are Sequence, Split, Digits and ByteLevel");
+  }
+}
+
+}  // namespace
+
+struct SplitStep::Impl {
+  pcre2_code* code = nullptr;
+  pcre2_match_context* context = nullptr;
+  ~Impl() {
+    pcre2_match_context_free(context);
+    pcre2_code_free(code);
+  }
+};
+
+SplitStep::SplitStep(const std::string& pattern, const std::string& file)
+    : impl_(std::make_unique<Impl>()) {
+  if (pattern.empty() || pattern.size() > kMaxPattern) {
+    throw Error(ErrorCode::kInvalidFile, str(file, ": pre_tokenizer pattern: got ", pattern.size(),
+                                             " bytes, accepted are 1 to ", kMaxPattern));
+  }
+  int error = 0;
+  PCRE2_SIZE at = 0;
+  impl_->code =
+      pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(),
+                    PCRE2_UTF | PCRE2_UCP | PCRE2_NEVER_BACKSLASH_C, &error, &at, nullptr);
+  if (!impl_->code) {
+    PCRE2_UCHAR message[256];
+    pcre2_get_error_message(error, message, sizeof message);
+    throw Error(ErrorCode::kInvalidFile, str(file, ": pre_tokenizer pattern: at byte ", at, ": ",
+                                             reinterpret_cast<const char*>(message)));
+  }
+  pcre2_jit_compile(impl_->code, PCRE2_JIT_COMPLETE);
+  impl_->context = pcre2_match_context_create(nullptr);
+  pcre2_set_match_limit(impl_->context, kMatchLimit);
+  pcre2_set_depth_limit(impl_->context, kDepthLimit);
+}
+
+SplitStep::~SplitStep() = default;
+SplitStep::SplitStep(SplitStep&&) noexcept = default;
+
+void SplitStep::split(std::string_view text, std::vector<std::string_view>& pieces) const {
+  const std::unique_ptr<pcre2_match_data, decltype(&pcre2_match_data_free)> match(
+      pcre2_match_data_create_from_pattern(impl_->code, nullptr), pcre2_match_data_free);
+  std::size_t done = 0, at = 0;
+  while (at < text.size()) {
+    const int found =
+        pcre2_match(impl_->code, reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), at,
+                    at ? PCRE2_NO_UTF_CHECK : 0, match.get(), impl_->context);
+    if (found == PCRE2_ERROR_NOMATCH) break;
+    if (found < 0) {
+      throw Error(
+          ErrorCode::kInvalidArgument,
+          str("text: the tokenizer's splitting pattern failed on it (PCRE2 error ", found, ")"));
+    }
+    const PCRE2_SIZE* span = pcre2_get_ovector_pointer(match.get());
+    if (span[1] <= span[0]) {  // an empty match splits nothing; step over one character
+      at = span[0] + 1;
+      while (at < text.size() && (static_cast<unsigned char>(text[at]) & 0xc0) == 0x80) ++at;
+      continue;
+    }
+    if (span[0] > done) pieces.push_back(text.substr(done, span[0] - done));
+    pieces.push_back(text.substr(span[0], span[1] - span[0]));
+    done = at = span[1];
+  }
+  if (done < text.size()) pieces.push_back(text.substr(done));
+}
+
+std::vector<SplitStep> build_pre_tokenizer(const JsonObject& tokenizer, const std::string& file) {
+  std::vector<SplitStep> steps;
+  if (tokenizer.has("pre_tokenizer")) add_step(tokenizer.object("pre_tokenizer"), file, steps, 0);
+  return steps;
+}
+
+}  // namespace snapmla::model
