@@ -19,13 +19,13 @@ CHAT_TEMPLATE = (
 
 
 def config(d, quantised=True):
+    # The mixture-of-experts keys stay out: transformers refuses null for them, and no layer is sparse.
     out = dict(
         architectures=["DeepseekV3ForCausalLM"], model_type="deepseek_v3", hidden_size=d["D"],
         num_hidden_layers=d["L"], num_nextn_predict_layers=1, first_k_dense_replace=d["L"] + 1, moe_layer_freq=1,
         num_attention_heads=d["H"], num_key_value_heads=d["H"], q_lora_rank=None, kv_lora_rank=d["R"],
         qk_rope_head_dim=d["DR"], qk_nope_head_dim=d["DN"], v_head_dim=d["DV"], intermediate_size=d["I"],
-        moe_intermediate_size=d["I"], n_routed_experts=None, n_shared_experts=None, num_experts_per_tok=None,
-        n_group=None, topk_group=None, vocab_size=d["V"], tie_word_embeddings=True, rope_theta=d["THETA"],
+        vocab_size=d["V"], tie_word_embeddings=True, rope_theta=d["THETA"],
         rope_scaling=None, rope_interleave=True, max_position_embeddings=16384, rms_norm_eps=d["EPS"],
         hidden_act="silu", attention_bias=False, attention_dropout=0.0, initializer_range=0.02,
         bos_token_id=0, eos_token_id=1, pad_token_id=2, torch_dtype="bfloat16", use_cache=True)
