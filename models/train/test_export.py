@@ -105,13 +105,16 @@ class ExportTest(unittest.TestCase):
 
 
 class PromptTest(unittest.TestCase):
-    def test_golden_prompts(self):
-        kinds = [k for k, _, _ in make_o8.prompts()]
-        self.assertEqual(kinds, ["code", "recall", "needle", "ledger", "addition", "copy", "prose", "chat"])
+    def test_prompt_counts(self):
+        self.assertEqual(len(make_o8.KINDS), 8)
         self.assertEqual(len(make_o8.sample_prompts()), 10)
+        for kind in make_o8.KINDS:
+            texts = ["".join(t for t, _ in segs) for segs, _ in make_o8.candidates(kind)]
+            self.assertEqual(len(set(texts)), len(texts), kind)
 
     def test_expected_answers_follow_from_the_prompt(self):
-        want = {k: ("".join(t for t, _ in s), w) for k, s, w in make_o8.prompts() if w}
+        first = {k: next(make_o8.candidates(k)) for k in make_o8.KINDS}
+        want = {k: ("".join(t for t, _ in s), w) for k, (s, w) in first.items() if w}
         text, answer = want["recall"]
         key = text.rsplit("?", 1)[1]
         self.assertIn(f"\n{key}{answer}", text)
