@@ -18,3 +18,5 @@ python3 "$here/train.py" --data "$out/data" --out "$out/run" --minutes "$minutes
 python3 "$here/export.py" --checkpoint "$out/run/checkpoint.pt" --data "$out/data" --out "$out/model"
 python3 "$here/evaluate.py" --model "$out/model" --data "$out/data" --out "$out/model/evaluation.json"
 cp "$out/run/log.jsonl" "$out/model/training_log.jsonl"
+python3 "$here/report.py" --evaluation "$out/model/evaluation.json" --out "$out/model/evaluation.md"
+python3 "$here/plot_log.py" --log "$out/run/log.jsonl" --out "$out/model/training_curve.png"
