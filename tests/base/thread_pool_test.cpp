@@ -1,0 +1,43 @@
+#include "base/thread_pool.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <stdexcept>
+#include <vector>
+
+namespace snapmla {
+namespace {
+
+TEST(ThreadPool, RunsEveryIterationOnce) {
+  for (int threads : {1, 2, 5}) {
+    ThreadPool pool(threads);
+    EXPECT_EQ(pool.num_threads(), threads);
+    for (std::int64_t n : {0, 1, 3, 1000}) {
+      std::vector<std::atomic<int>> hits(static_cast<std::size_t>(n));
+      pool.parallel_for(n, [&](std::int64_t i) { ++hits[static_cast<std::size_t>(i)]; });
+      for (const std::atomic<int>& h : hits) EXPECT_EQ(h.load(), 1);
+    }
+  }
+}
+
+TEST(ThreadPool, RethrowsAndStaysUsable) {
+  ThreadPool pool(3);
+  const auto fail_at_seven = [](std::int64_t i) {
+    if (i == 7) throw std::runtime_error("seven");
+  };
+  EXPECT_THROW(pool.parallel_for(50, fail_at_seven), std::runtime_error);
+  std::atomic<int> count = 0;
+  pool.parallel_for(50, [&](std::int64_t) { ++count; });
+  EXPECT_EQ(count.load(), 50);
+}
+
+TEST(ThreadPool, NestedLoopsRunInline) {
+  ThreadPool pool(3);
+  std::atomic<int> count = 0;
+  pool.parallel_for(6, [&](std::int64_t) { pool.parallel_for(5, [&](std::int64_t) { ++count; }); });
+  EXPECT_EQ(count.load(), 30);
+}
+
+}  // namespace
+}  // namespace snapmla

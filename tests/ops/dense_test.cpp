@@ -1,0 +1,181 @@
+// The cpu backend's dense operations against ref, and row independence bit for bit.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "backends/cpu/cpu_backend.h"
+#include "backends/ref/ref_backend.h"
+#include "numeric/float_types.h"
+#include "ops/ops.h"
+
+namespace snapmla {
+namespace {
+
+using Floats = std::vector<float>;
+constexpr float kPoison = std::numeric_limits<float>::quiet_NaN();
+
+Floats random_floats(std::int64_t n, unsigned seed) {
+  std::mt19937 gen(seed);
+  std::normal_distribution<float> normal;
+  Floats v(static_cast<std::size_t>(n));
+  for (float& x : v) x = normal(gen);
+  return v;
+}
+
+Floats poisoned(std::int64_t n) { return Floats(static_cast<std::size_t>(n), kPoison); }
+
+void expect_near(const Floats& got, const Floats& want, double tolerance) {
+  ASSERT_EQ(got.size(), want.size());
+  for (std::size_t i = 0; i < got.size(); ++i) {
+    ASSERT_NEAR(got[i], want[i], tolerance * (1.0 + std::fabs(want[i]))) << "element " << i;
+  }
+}
+
+// A random weight [out, in] of one of the three types, with its memory.
+struct TestWeight {
+  TestWeight(DType type, std::int64_t out, std::int64_t in, unsigned seed)
+      : f32(random_floats(out * in, seed)) {
+    const std::int64_t rows = (out + 127) / 128, cols = (in + 127) / 128;
+    scales = random_floats(rows * cols, seed + 1);
+    for (float w : f32) {
+      bf16.push_back(numeric::bf16_from_float(w));
+      e4m3.push_back(numeric::e4m3_from_float(w));
+    }
+    if (type == DType::kF32) weight.data = TensorView::of(f32.data(), {out, in});
+    if (type == DType::kBF16) weight.data = TensorView::of(bf16.data(), {out, in});
+    if (type == DType::kE4M3) {
+      weight.data = TensorView::of(e4m3.data(), {out, in});
+      weight.scale_inv = TensorView::of(scales.data(), {rows, cols});
+    }
+  }
+  Floats f32, scales;
+  std::vector<BFloat16> bf16;
+  std::vector<Float8E4M3> e4m3;
+  ops::Weight weight;
+};
+
+struct Shape {
+  DType type;
+  std::int64_t tokens, out, in;
+};
+
+class Linear : public testing::TestWithParam<Shape> {
+ protected:
+  Floats run(ops::OpSet& ops, const Floats& x, std::int64_t tokens, const ops::Weight& w) {
+    Floats y = poisoned(tokens * w.out_features());
+    ops::linear(ops, {TensorView::of(x.data(), {tokens, w.in_features()}), w,
+                      TensorView::of(y.data(), {tokens, w.out_features()})});
+    return y;
+  }
+};
+
+TEST_P(Linear, AgreesWithRefAndRowsAreIndependent) {
+  const auto [type, tokens, out, in] = GetParam();
+  const TestWeight w(type, out, in, 3);
+  const Floats x = random_floats(tokens * in, 9);
+  const auto ref = ref::make_ref_backend();
+  const auto cpu = cpu::make_cpu_backend(2);
+  const Floats all = run(*cpu, x, tokens, w.weight);
+  expect_near(all, run(*ref, x, tokens, w.weight), 1e-4);
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    const Floats row(x.begin() + t * in, x.begin() + (t + 1) * in);
+    const Floats alone = run(*cpu, row, 1, w.weight);
+    EXPECT_EQ(std::memcmp(alone.data(), all.data() + t * out, alone.size() * sizeof(float)), 0)
+        << "row " << t;
+  }
+}
+
+std::vector<Shape> shapes() {
+  std::vector<Shape> list;
+  for (DType type : {DType::kF32, DType::kBF16, DType::kE4M3}) {
+    for (std::int64_t tokens : {1, 3, 9}) {
+      for (std::int64_t in : {1, 7, 127, 128, 129, 300}) {
+        for (std::int64_t out : {1, 17, 128, 131}) list.push_back({type, tokens, out, in});
+      }
+    }
+  }
+  return list;
+}
+INSTANTIATE_TEST_SUITE_P(Shapes, Linear, testing::ValuesIn(shapes()));
+
+TEST(Dense, HeadLinearAgreesWithRef) {
+  for (DType type : {DType::kF32, DType::kBF16}) {
+    const std::int64_t tokens = 3, heads = 5, out = 33, in = 19;
+    TestWeight w(type, heads * out, in, 4);
+    const TensorView weight(w.weight.data.raw(), type, {heads, out, in});
+    const Floats x = random_floats(tokens * heads * in, 5);
+    Floats y[2] = {poisoned(tokens * heads * out), poisoned(tokens * heads * out)};
+    const auto ref = ref::make_ref_backend();
+    const auto cpu = cpu::make_cpu_backend(2);
+    int i = 0;
+    for (ops::OpSet* ops : {ref.get(), cpu.get()}) {
+      ops::head_linear(*ops, {TensorView::of(x.data(), {tokens, heads, in}), weight,
+                              TensorView::of(y[i].data(), {tokens, heads, out})});
+      ++i;
+    }
+    expect_near(y[1], y[0], 1e-5);
+  }
+}
+
+TEST(Dense, RmsNormRopeSwigluAndAddAgreeWithRef) {
+  for (std::int64_t width : {2, 6, 64, 130}) {
+    const std::int64_t tokens = 4;
+    const Floats weight = random_floats(width, 1), table = random_floats(8 * width, 2);
+    const std::vector<std::int32_t> positions = {7, 0, 3, 3};
+    const auto ref = ref::make_ref_backend();
+    const auto cpu = cpu::make_cpu_backend(2);
+    for (bool interleaved : {true, false}) {
+      Floats result[2];
+      int i = 0;
+      for (ops::OpSet* ops : {ref.get(), cpu.get()}) {
+        const Floats x = random_floats(tokens * width, 6);
+        Floats y = poisoned(tokens * width);
+        const TensorView xs = TensorView::of(x.data(), {tokens, width});
+        const TensorView ys = TensorView::of(y.data(), {tokens, width});
+        ops::rms_norm(*ops, {xs, TensorView::of(weight.data(), {width}), 1e-6f, ys});
+        ops::rope(*ops, {TensorView::of(y.data(), {tokens, 1, width}),
+                         TensorView::of(positions.data(), {tokens}),
+                         TensorView::of(table.data(), {8, width}), interleaved});
+        ops::swiglu(*ops, {ys, xs, ys});
+        ops::add(*ops, xs, ys);
+        result[i++] = y;
+      }
+      expect_near(result[1], result[0], 1e-5);
+    }
+  }
+}
+
+TEST(Dense, MoeFfnAgreesWithRefAndAccumulates) {
+  const std::int64_t tokens = 3, width = 40, inner = 21, top_k = 2;
+  std::vector<std::unique_ptr<TestWeight>> memory;
+  std::vector<ops::ExpertWeights> experts;
+  const auto make = [&](std::int64_t out, std::int64_t in) {
+    memory.push_back(
+        std::make_unique<TestWeight>(DType::kBF16, out, in, static_cast<unsigned>(memory.size())));
+    return memory.back()->weight;
+  };
+  for (int e = 0; e < 4; ++e)
+    experts.push_back({make(inner, width), make(inner, width), make(width, inner)});
+  const Floats x = random_floats(tokens * width, 8), start = random_floats(tokens * width, 10);
+  const std::vector<std::int32_t> ids = {0, 3, 2, 1, 3, 2};
+  const Floats weights = {0.7f, 0.3f, 1.5f, 0.1f, 0.0f, 1.0f};
+  Floats y[2] = {start, start};
+  const auto ref = ref::make_ref_backend();
+  const auto cpu = cpu::make_cpu_backend(2);
+  int i = 0;
+  for (ops::OpSet* ops : {ref.get(), cpu.get()}) {
+    ops::moe_ffn(*ops, {TensorView::of(x.data(), {tokens, width}),
+                        TensorView::of(ids.data(), {tokens, top_k}),
+                        TensorView::of(weights.data(), {tokens, top_k}), &experts,
+                        TensorView::of(y[i].data(), {tokens, width})});
+    ++i;
+  }
+  EXPECT_NE(y[0], start);
+  expect_near(y[1], y[0], 1e-4);
+}
+
+}  // namespace
+}  // namespace snapmla
