@@ -1,0 +1,162 @@
+// The engine on the shipped model, against goldens made with transformers (tests/oracles/o8).
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "engine/sampler.h"
+#include "model/safetensors.h"
+#include "snapmla/snapmla.h"
+
+namespace snapmla {
+namespace {
+
+const std::string kModel = SNAPMLA_SOURCE_DIR "/models/snapmla-20m";
+
+EngineOptions options(KvCacheFormat format) {
+  EngineOptions o;
+  o.model_dir = kModel;
+  o.kv_cache = format;
+  o.max_model_len = 4096;
+  return o;
+}
+
+struct Golden {
+  model::SafetensorsFile file{SNAPMLA_SOURCE_DIR "/tests/oracles/o8/golden.safetensors"};
+  std::vector<std::int32_t> prompt(std::int64_t i) const {
+    const auto* offsets = file.tensors().at("prompts.offsets").data<std::int32_t>();
+    const auto* ids = file.tensors().at("prompts.ids").data<std::int32_t>();
+    return {ids + offsets[i], ids + offsets[i + 1]};
+  }
+  const float* logits(std::int64_t i) const { return file.tensors().at("logits").row<float>(i); }
+  const float* margin(std::int64_t i) const {
+    return file.tensors().at("greedy.margin").row<float>(i);
+  }
+  const std::int32_t* greedy(std::int64_t i) const {
+    return file.tensors().at("greedy.ids").row<std::int32_t>(i);
+  }
+};
+
+// Relative L2 distance of the last position's logits, worst over the eight prompts; and greedy
+// tokens must be the golden ones up to the first position whose margin is below `margin`.
+double worst_distance(KvCacheFormat format, float margin) {
+  const Golden golden;
+  Engine engine(options(format));
+  const std::int64_t vocab = engine.config().vocab_size;
+  double worst = 0;
+  for (std::int64_t i = 0; i < 8; ++i) {
+    const std::vector<std::int32_t> prompt = golden.prompt(i);
+    const std::vector<float> logits = engine.logits(prompt);
+    double difference = 0, norm = 0;
+    for (std::int64_t v = 0; v < vocab; ++v) {
+      const double want = golden.logits(i)[v];
+      const double got = logits[logits.size() - static_cast<std::size_t>(vocab - v)];
+      difference += (got - want) * (got - want);
+      norm += want * want;
+    }
+    worst = std::max(worst, std::sqrt(difference / norm));
+    SamplingParams greedy;
+    greedy.max_tokens = 64;
+    greedy.ignore_eos = true;
+    const RequestOutput out = engine.generate(prompt, greedy);
+    for (std::size_t t = 0; t < 64; ++t) {
+      if (golden.margin(i)[t] < margin) break;
+      EXPECT_EQ(out.tokens.at(t), golden.greedy(i)[t]) << "prompt " << i << ", token " << t;
+    }
+  }
+  return worst;
+}
+
+TEST(ShippedModel, F32CacheMatchesTheOracle) {
+  const double distance = worst_distance(KvCacheFormat::kF32, 0.0f);
+  RecordProperty("relative_l2", std::to_string(distance));
+  EXPECT_LT(distance, 1e-5);
+}
+
+TEST(ShippedModel, Bf16CacheStaysWithinItsBound) {
+  EXPECT_LT(worst_distance(KvCacheFormat::kBf16, 0.5f), 1e-2);
+}
+
+TEST(ShippedModel, Fp8CacheStaysWithinItsBound) {
+  EXPECT_LT(worst_distance(KvCacheFormat::kFp8, 2.0f), 5e-2);
+}
+
+// Consistent prefill: neither the chunk size nor pages found in the prefix index change a bit.
+TEST(ShippedModel, ChunksAndPrefixReuseChangeNoBit) {
+  const std::vector<std::int32_t> prompt = Golden().prompt(1);
+  const std::vector<std::int32_t> part(
+      prompt.begin(), prompt.begin() + std::min<std::ptrdiff_t>(333, std::ssize(prompt)));
+  for (KvCacheFormat format : {KvCacheFormat::kFp8, KvCacheFormat::kBf16}) {
+    Engine whole(options(format));
+    const std::vector<float> want = whole.logits(part);
+    for (int chunk : {1, 7, 64, 65, 200}) {
+      EngineOptions o = options(format);
+      o.prefill_chunk = chunk;
+      EXPECT_EQ(Engine(o).logits(part), want) << "chunk " << chunk;
+    }
+    SamplingParams params;
+    params.max_tokens = 24;
+    params.ignore_eos = true;
+    const RequestOutput first = whole.generate(part, params), second = whole.generate(part, params);
+    EXPECT_EQ(first.reused_tokens, 0);
+    EXPECT_EQ(second.reused_tokens, (std::ssize(part) - 1) / 64 * 64);
+    EXPECT_EQ(first.tokens, second.tokens);
+  }
+}
+
+TEST(Engine, RefusesBadPrompts) {
+  Engine engine(options(KvCacheFormat::kFp8));
+  EXPECT_THROW(engine.generate({}, {}), Error);
+  EXPECT_THROW(engine.generate({-1}, {}), Error);
+  EXPECT_THROW(engine.generate({2048}, {}), Error);
+  EXPECT_THROW(engine.generate(std::vector<std::int32_t>(4097, 5), {}), Error);
+  EngineOptions o = options(KvCacheFormat::kFp8);
+  o.model_dir = "/nonexistent";
+  EXPECT_THROW(Engine{o}, Error);
+  o = options(KvCacheFormat::kFp8);
+  o.backend = "abacus";
+  EXPECT_THROW(Engine{o}, Error);
+}
+
+TEST(Engine, StopStringsCutTheText) {
+  Engine engine(options(KvCacheFormat::kFp8));
+  const std::vector<std::int32_t> prompt = Golden().prompt(0);
+  SamplingParams params;
+  params.max_tokens = 40;
+  const std::string text = engine.generate(prompt, params).text;
+  ASSERT_GT(text.size(), 8u);
+  params.stop = {text.substr(5, 3)};
+  std::string streamed;
+  const RequestOutput cut = engine.generate(prompt, params, [&](const std::string& piece) {
+    streamed += piece;
+    return true;
+  });
+  EXPECT_EQ(cut.text, text.substr(0, text.find(params.stop[0])));
+  EXPECT_EQ(streamed, cut.text);
+  EXPECT_EQ(cut.finish_reason, FinishReason::kStop);
+}
+
+TEST(Sampler, FiltersAndEdgeCases) {
+  const std::vector<float> logits = {1.0f, 5.0f, NAN, 4.9f, -INFINITY};
+  EXPECT_EQ(engine::argmax(logits), 1);
+  SamplingParams p;
+  p.temperature = 1.0f;
+  p.top_k = 1;
+  EXPECT_EQ(engine::Sampler(p).sample(logits), 1);
+  p.top_k = 0;
+  p.seed = 11;
+  engine::Sampler sampler(p);
+  int seen[5] = {};
+  for (int i = 0; i < 2000; ++i) ++seen[sampler.sample(logits)];
+  EXPECT_EQ(seen[2] + seen[4], 0);
+  EXPECT_NEAR(seen[1] / 2000.0, std::exp(0.1) / (std::exp(0.1) + 1 + std::exp(-3.9)), 0.05);
+  p.min_p = 0.5f;
+  engine::Sampler filtered(p);
+  for (int i = 0; i < 200; ++i) EXPECT_NE(filtered.sample(logits), 0);
+  EXPECT_EQ(engine::Sampler(p).sample(std::vector<float>(4, NAN)), 0);
+  p.temperature = -1.0f;
+  EXPECT_THROW(engine::Sampler{p}, Error);
+}
+
+}  // namespace
+}  // namespace snapmla

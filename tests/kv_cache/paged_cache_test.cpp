@@ -1,0 +1,152 @@
+// The page allocator, copy-on-write, the prefix index, and a random walk over all of them.
+#include "kv_cache/paged_cache.h"
+
+#include <gtest/gtest.h>
+
+#include <map>
+#include <numeric>
+#include <random>
+
+#include "snapmla/error.h"
+
+namespace snapmla {
+namespace {
+
+std::vector<std::int32_t> tokens(std::int64_t n, std::int32_t seed = 0) {
+  std::vector<std::int32_t> ids(static_cast<std::size_t>(n));
+  for (std::size_t i = 0; i < ids.size(); ++i)
+    ids[i] = static_cast<std::int32_t>(i * 7 + 3) + seed * 100000;
+  return ids;
+}
+
+TEST(PageLayout, SwizzledImageIsAPermutationOfThePlane) {
+  for (std::int64_t row_bytes : {128, 512, 1024, 2048}) {
+    std::vector<int> seen(static_cast<std::size_t>(64 * row_bytes), 0);
+    for (std::int64_t t = 0; t < 64; ++t) {
+      for (std::int64_t b = 0; b < row_bytes; ++b) {
+        ++seen.at(
+            static_cast<std::size_t>(element_offset(PageImage::kSwizzled128, row_bytes, t, b)));
+      }
+    }
+    for (int count : seen) ASSERT_EQ(count, 1);
+  }
+  EXPECT_EQ(element_offset(PageImage::kSwizzled128, 512, 1, 0), 128 + 16);
+  EXPECT_EQ(element_offset(PageImage::kSwizzled128, 512, 9, 130), 8192 + 9 * 128 + 16 + 2);
+}
+
+TEST(PageAllocator, RefusesMisuse) {
+  PageAllocator pages(2);
+  const auto a = pages.allocate(), b = pages.allocate();
+  EXPECT_FALSE(pages.allocate());
+  pages.retain(*a);
+  EXPECT_FALSE(pages.writable(*a));
+  pages.release(*a);
+  pages.release(*a);
+  EXPECT_EQ(pages.num_free(), 1);
+  EXPECT_THROW(pages.release(*a), Error);
+  EXPECT_THROW(pages.retain(7), Error);
+  pages.release(*b);
+  EXPECT_EQ(pages.num_free(), 2);
+}
+
+TEST(SequencePages, ForkCopiesASharedPageBeforeWriting) {
+  PagedCache cache(KvCacheFormat::kFp8, 2, 8);
+  SequencePages a(cache);
+  ASSERT_TRUE(a.extend(70));
+  std::uint8_t* shared = cache.layer(1).latent_plane(a.table()[1]);
+  shared[0] = 42;
+  SequencePages b = a.fork();
+  EXPECT_EQ(cache.allocator().num_used(), 2);
+  ASSERT_TRUE(b.extend(1));
+  EXPECT_EQ(a.table()[0], b.table()[0]);
+  EXPECT_NE(a.table()[1], b.table()[1]);
+  EXPECT_EQ(cache.layer(1).latent_plane(b.table()[1])[0], 42);
+  EXPECT_EQ(b.slot(70), b.table()[1] * 64 + 6);
+}
+
+TEST(SequencePages, ExtendWithoutRoomChangesNothing) {
+  PagedCache cache(KvCacheFormat::kBf16, 1, 2);
+  SequencePages a(cache);
+  ASSERT_TRUE(a.extend(100));
+  EXPECT_FALSE(a.extend(29));
+  EXPECT_EQ(a.length(), 100);
+  EXPECT_TRUE(a.extend(28));
+}
+
+TEST(PrefixIndex, FindsWholePagesOnlyAndComparesTokens) {
+  PageAllocator pages(8);
+  PrefixIndex index(pages,
+                    [](std::int64_t, std::span<const std::int32_t>) -> std::uint64_t { return 1; });
+  const std::vector<std::int32_t> a = tokens(200), b = tokens(200, 1);
+  const std::vector<std::int32_t> own = {*pages.allocate(), *pages.allocate(), *pages.allocate(),
+                                         *pages.allocate()};
+  index.insert(a, own);
+  EXPECT_EQ(index.size(), 3);  // the fourth page is not full
+  EXPECT_EQ(index.acquire(a), (std::vector<std::int32_t>{own[0], own[1], own[2]}));
+  EXPECT_TRUE(index.acquire(b).empty());  // the same hash, other tokens
+  std::vector<std::int32_t> mixed = a;
+  mixed[100] += 1;
+  EXPECT_EQ(index.acquire(mixed).size(), 1u);
+}
+
+// free + used = total, and every reference count equals the number of holders, after every step.
+TEST(PagedCache, RandomWalkKeepsTheCounts) {
+  const unsigned seed = 20260210;
+  SCOPED_TRACE(seed);
+  std::mt19937 random(seed);
+  PagedCache cache(KvCacheFormat::kFp8, 1, 40);
+  std::vector<SequencePages> alive;
+  std::vector<std::vector<std::int32_t>> ids;
+  for (int step = 0; step < 20000; ++step) {
+    const unsigned what = random() % 10;
+    if (what < 3 && alive.size() < 8) {
+      ids.push_back(tokens(1 + random() % 300, static_cast<std::int32_t>(random() % 3)));
+      alive.emplace_back(cache);
+      const std::int64_t length = static_cast<std::int64_t>(ids.back().size());
+      const std::int64_t reused = alive.back().reuse_prefix(ids.back(), length - 1);
+      ASSERT_EQ(reused % 64, 0);
+      if (!alive.back().extend(length - reused)) {
+        alive.pop_back();
+        ids.pop_back();
+      }
+    } else if (!alive.empty()) {
+      const std::size_t i = random() % alive.size();
+      if (what < 5) {
+        cache.prefix_index().insert(ids[i], alive[i].table());
+      } else if (what < 7) {
+        if (alive[i].extend(random() % 80))
+          ids[i].resize(static_cast<std::size_t>(alive[i].length()), 5);
+      } else if (what < 8) {
+        const std::int64_t keep =
+            static_cast<std::int64_t>(random() % static_cast<unsigned>(alive[i].length() + 1));
+        alive[i].truncate(keep);
+        ids[i].resize(static_cast<std::size_t>(keep));
+      } else {
+        alive[i].clear();
+        std::vector<SequencePages> rest;
+        for (std::size_t j = 0; j < alive.size(); ++j) {
+          if (j != i) rest.push_back(std::move(alive[j]));
+        }
+        alive.swap(rest);
+        ids.erase(ids.begin() + static_cast<std::ptrdiff_t>(i));
+      }
+    }
+    std::map<std::int32_t, int> held;
+    for (const SequencePages& s : alive) {
+      for (std::int32_t page : s.table()) ++held[page];
+    }
+    std::int64_t listed = 0;
+    for (std::int32_t page = 0; page < 40; ++page) {
+      const int extra = cache.allocator().ref_count(page) - held[page];
+      ASSERT_TRUE(extra == 0 || extra == 1) << "page " << page << " at step " << step;
+      listed += extra;
+    }
+    ASSERT_EQ(listed, cache.prefix_index().size());
+    ASSERT_EQ(cache.allocator().num_free() + cache.allocator().num_used(), 40);
+  }
+  alive.clear();
+  EXPECT_TRUE(cache.prefix_index().evict_until_free(40));
+}
+
+}  // namespace
+}  // namespace snapmla

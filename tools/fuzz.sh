@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Builds the libFuzzer targets with clang and runs each for SECONDS (default 20) from its committed corpus.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$root/tools/common.sh"
+seconds=${1:-20}
+build "$root/build/fuzz" all -DSNAPMLA_CUDA=OFF -DSNAPMLA_BUILD_FUZZ=ON -DSNAPMLA_BUILD_TESTS=OFF \
+  -DCMAKE_CXX_COMPILER=clang++-14
+ran=0
+for target in "$root"/build/fuzz/fuzz/fuzz_*; do
+  [ -x "$target" ] && [ -f "$target" ] || continue
+  name=$(basename "$target")
+  corpus="$root/build/fuzz/corpus/$name"
+  mkdir -p "$corpus"
+  [ -d "$root/fuzz/corpus/${name#fuzz_}" ] && cp -n "$root/fuzz/corpus/${name#fuzz_}"/* "$corpus" 2>/dev/null || true
+  say "$name, $seconds s"
+  "$target" -max_total_time="$seconds" -rss_limit_mb=2048 -timeout=5 -print_final_stats=1 "$corpus" 2>&1 | grep -E 'stat::number_of_executed_units|ERROR|SUMMARY' || true
+  ran=$((ran + 1))
+done
+[ "$ran" -gt 0 ] || die "no fuzz target was built"
