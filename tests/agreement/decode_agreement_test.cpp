@@ -334,5 +334,77 @@ TEST_P(DecodeShapes, BackendsAgreeWithFp64AndEachOther) {
 
 INSTANTIATE_TEST_SUITE_P(Table, DecodeShapes, ::testing::Range(0, 6000));
 
+// A full page whose token `row` alone matches the query: latent dimension `dim` for dim < 512, else
+// rope dimension dim - 512. Token t's latent also carries a marker at dimension (t * 5) % 512.
+void probe(ops::OpSet& backend, KvCacheFormat format, PageImage image, int row, int dim) {
+  Problem p{};
+  p.shape = {format, image, 64, 1, 1, 1, {64}};
+  p.softmax_scale = 1.0f;
+  p.batch = p.num_pages = p.max_pages = 1;
+  p.table = {0};
+  p.pool.assign(static_cast<std::size_t>(page_layout(format).page_bytes), 0xff);
+  std::vector<float> latent(64 * 512), rope(64 * 64);
+  std::vector<std::int64_t> slots(64);
+  std::iota(slots.begin(), slots.end(), 0);
+  for (std::size_t t = 0; t < 64; ++t) latent[t * 512 + t * 5] = 1.0f;
+  const auto r = static_cast<std::size_t>(row), d = static_cast<std::size_t>(dim);
+  if (dim < 512) {
+    latent[r * 512 + d] = 4.0f;
+  } else {
+    rope[r * 64 + d - 512] = 4.0f;
+  }
+  append(backend, p, latent, rope, slots);
+  p.q_latent.assign(512, 0.0f);
+  p.q_rope.assign(64, 0.0f);
+  (dim < 512 ? p.q_latent[d] : p.q_rope[d - 512]) = 32.0f;
+  if (format == KvCacheFormat::kFp8) quantize_queries(backend, p);
+  for (float v : p.q_latent) p.q_latent16.push_back(bf16_of(v));
+  if (format == KvCacheFormat::kBf16) {
+    for (float v : p.q_rope) p.q_rope16.push_back(bf16_of(v));
+  }
+  const Result result = decode(backend, p);
+  for (std::size_t i = 0; i < 512; ++i) {
+    EXPECT_NEAR(result.out[i], latent[r * 512 + i], 0.04f)
+        << backend.name() << " row " << row << " dim " << dim << " out " << i;
+  }
+}
+
+class Probes : public ::testing::TestWithParam<int> {};  // row of the page
+
+TEST_P(Probes, OneHotInEveryBlockOf16) {
+  for (ops::OpSet* backend : {&ref_backend(), &cpu_backend()}) {
+    for (KvCacheFormat format : {KvCacheFormat::kFp8, KvCacheFormat::kBf16, KvCacheFormat::kF32}) {
+      for (PageImage image : {PageImage::kSwizzled128, PageImage::kPlainRows}) {
+        for (int block = 0; block < 36; ++block) {
+          probe(*backend, format, image, GetParam(), block * 16 + (GetParam() + block) % 16);
+        }
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(PageRows, Probes, ::testing::Range(0, 64));
+
+// A key with a NaN, and a foreign scale that is not positive, reach exactly the rows that see them.
+TEST(DecodeNan, ReachesTheRowsThatSeeTheToken) {
+  for (ops::OpSet* backend : {&ref_backend(), &cpu_backend()}) {
+    for (float bad : {std::nanf(""), 0.0f, -1.0f}) {
+      for (int splits : {1, 2}) {
+        Shape shape{KvCacheFormat::kFp8, PageImage::kSwizzled128, 64, splits, 2, 3, {70}};
+        Problem p = make_problem(shape, 5, *backend);
+        p.cache().scale_plane(p.table[1])[68 - 64] = bad;
+        const Result result = decode(*backend, p);
+        for (std::size_t t = 0; t < 3; ++t) {
+          for (std::size_t h = 0; h < 2; ++h) {
+            const bool sees = t >= 1;  // token t sees keys below 68 + t
+            EXPECT_EQ(std::isnan(result.out[(t * 2 + h) * 512 + 9]), sees) << bad << " token " << t;
+            EXPECT_EQ(std::isnan(result.lse[h * 3 + t]), sees) << bad << " token " << t;
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace snapmla
