@@ -79,8 +79,8 @@ def longcat():
         "num_attention_heads": 2,
         "num_layers": 2,
         "vocab_size": VOCAB,
-        "ffn_hidden_size": 128,
-        "expert_ffn_hidden_size": 32,
+        "ffn_hidden_size": 64,
+        "expert_ffn_hidden_size": 16,
         "n_routed_experts": 8,
         "zero_expert_num": 4,
         "zero_expert_type": "identity",
@@ -107,7 +107,8 @@ def longcat():
 
 
 V3 = dict(hidden=64, heads=2, nope=16, value=16, layers=3, q_lora_rank=32)
-O7 = dict(hidden=128, heads=16, nope=16, value=16, layers=2, tie_word_embeddings=True)
+O7 = dict(hidden=64, heads=16, nope=8, value=8, layers=2, q_lora_rank=16,
+          tie_word_embeddings=True)
 SPECS = {
     "o1": dict(what="V3: q_lora, noaux_tc groups 4(2), YaRN f40, one dense and two MoE layers; "
                     "rope_scaling spelling", cfg=base("v3", **V3, **yarn(False, 1.0))),
