@@ -93,12 +93,13 @@ TEST(PrefixIndex, FindsWholePagesOnlyAndComparesTokens) {
 TEST(PagedCache, RandomWalkKeepsTheCounts) {
   const unsigned seed = 20260210;
   SCOPED_TRACE(seed);
-  std::mt19937 random(seed);
+  std::mt19937 engine(seed);
+  const auto random = [&engine] { return static_cast<std::int64_t>(engine()); };
   PagedCache cache(KvCacheFormat::kFp8, 1, 40);
   std::vector<SequencePages> alive;
   std::vector<std::vector<std::int32_t>> ids;
   for (int step = 0; step < 20000; ++step) {
-    const unsigned what = random() % 10;
+    const std::int64_t what = random() % 10;
     if (what < 3 && alive.size() < 8) {
       ids.push_back(tokens(1 + random() % 300, static_cast<std::int32_t>(random() % 3)));
       alive.emplace_back(cache);
@@ -110,15 +111,14 @@ TEST(PagedCache, RandomWalkKeepsTheCounts) {
         ids.pop_back();
       }
     } else if (!alive.empty()) {
-      const std::size_t i = random() % alive.size();
+      const auto i = static_cast<std::size_t>(random()) % alive.size();
       if (what < 5) {
         cache.prefix_index().insert(ids[i], alive[i].table());
       } else if (what < 7) {
         if (alive[i].extend(random() % 80))
           ids[i].resize(static_cast<std::size_t>(alive[i].length()), 5);
       } else if (what < 8) {
-        const std::int64_t keep =
-            static_cast<std::int64_t>(random() % static_cast<unsigned>(alive[i].length() + 1));
+        const std::int64_t keep = random() % (alive[i].length() + 1);
         alive[i].truncate(keep);
         ids[i].resize(static_cast<std::size_t>(keep));
       } else {
