@@ -14,7 +14,10 @@ for target in "$root"/build/fuzz/fuzz/fuzz_*; do
   mkdir -p "$corpus"
   [ -d "$root/fuzz/corpus/${name#fuzz_}" ] && cp -n "$root/fuzz/corpus/${name#fuzz_}"/* "$corpus" 2>/dev/null || true
   say "$name, $seconds s"
-  "$target" -max_total_time="$seconds" -rss_limit_mb=2048 -timeout=5 -print_final_stats=1 "$corpus" 2>&1 | grep -E 'stat::number_of_executed_units|ERROR|SUMMARY' || true
+  log="$root/build/fuzz/$name.log"
+  "$target" -max_total_time="$seconds" -rss_limit_mb=2048 -timeout=5 -print_final_stats=1 "$corpus" >"$log" 2>&1 ||
+    { tail -n 40 "$log" >&2; die "$name found something (whole log: $log)"; }
+  grep 'stat::number_of_executed_units' "$log"
   ran=$((ran + 1))
 done
 [ "$ran" -gt 0 ] || die "no fuzz target was built"
