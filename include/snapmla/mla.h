@@ -1,4 +1,5 @@
-// MLA decode attention in absorbed form: quantize_q, the split-KV plan, decode.
+// MLA decode attention in absorbed form: quantize_q and decode (the split is chosen from lengths
+// alone).
 //
 //   score_ij = softmax_scale * (q_latent_i . c_j + q_rope_i . k_rope_j),  p = softmax_j,  out_i =
 //   sum_j p_ij c_j
@@ -33,14 +34,6 @@ struct DecodeNumerics {
   bool two_level_accumulation =
       true;                        // false: one accumulator over the whole split, for study only
   bool tensor_core_model = false;  // true: emulate the tensor core's 14-bit accumulation (ref only)
-};
-
-// Which part works on which tokens. Depends on lengths only; one plan serves all layers of a step.
-// A work item is a (request, page range); items of a request are consecutive.
-struct DecodePlan {
-  TensorView items;       // [num_items, 4] i32: request, first page, end page, split index
-  TensorView num_splits;  // [batch + 1] i32, prefix sum of the splits per request
-  std::int64_t total_splits = 0;
 };
 
 struct MlaDecodeArgs {

@@ -51,7 +51,7 @@ struct RmsNormArgs {
 // Rotates in place. Interleaved: pair (2j, 2j+1). Half: pair (j, j + width/2).
 struct RopeArgs {
   TensorView x;          // [num_tokens, heads, width] f32
-  TensorView positions;  // [num_tokens] i32 or i64
+  TensorView positions;  // [num_tokens] i32
   TensorView cos_sin;    // [max_position, width] f32: row p = cos_0, sin_0, cos_1, sin_1, ... (from
                          // fp64 tables)
   bool interleaved = true;
