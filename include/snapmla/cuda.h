@@ -1,0 +1,64 @@
+// The Hopper operations for an engine of your own: raw device pointers, a stream, no allocation and
+// no synchronisation in a launch, safe to capture in a CUDA graph.
+//
+//   bytes = decode_workspace_bytes(shape)                once; keep the memory
+//   plan_decode(shape, cache_seqlens, workspace, s)      once per step
+//   for each layer: quantize_q, append_kv, mla_decode(args, workspace, s)
+//
+// Every pointer in the arguments is device memory; shapes and strides are checked on the host
+// before the launch (Error kInvalidArgument names the argument), contents of device tensors are
+// not. All functions need a Hopper GPU (compute capability 9.0) and throw kUnsupported with the
+// reason elsewhere, or in a build without CUDA.
+#pragma once
+
+#include <cstdint>
+
+#include "snapmla/kv_cache.h"
+#include "snapmla/mla.h"
+#include "snapmla/tensor.h"
+
+namespace snapmla::cuda {
+
+using Stream = void*;  // a cudaStream_t
+
+// Empty string: the current device can run these operations. Otherwise the reason why not.
+const char* unavailable_reason() noexcept;
+
+// What the plan depends on besides the lengths. All layers of a step share one plan.
+struct DecodeShape {
+  std::int64_t batch = 0;
+  std::int64_t seqlen_q = 1;   // 1..16
+  std::int64_t heads_q = 0;    // 1..128
+  std::int64_t max_pages = 0;  // width of block_table: bounds every cache_seqlens[b]
+  KvCacheFormat format = KvCacheFormat::kFp8;
+  // true: a request is split by its own length alone, so that a row's bits do not depend on its
+  // batch. false: work is spread evenly over the GPU, which is faster for few or ragged requests.
+  bool deterministic = false;
+};
+
+// Device memory, aligned to 256 bytes. One workspace serves one stream at a time.
+struct Workspace {
+  void* data = nullptr;
+  std::int64_t bytes = 0;
+};
+
+// Bytes of workspace that plan_decode and mla_decode need for any lengths up to shape.max_pages
+// pages.
+std::int64_t decode_workspace_bytes(const DecodeShape& shape);
+
+// Distributes the pages of the batch over the GPU; runs on the device, reads cache_seqlens [batch]
+// i32 there, so that a captured graph follows lengths that change between replays.
+void plan_decode(const DecodeShape& shape, const TensorView& cache_seqlens,
+                 const Workspace& workspace, Stream stream);
+
+// Decode with the plan in `workspace`, which must have been made for the same shape and lengths.
+// args.num_splits is ignored: the plan decides. FP8 cache: pages of PageImage::kSwizzled128, or
+// kPlainRows with 16-byte aligned planes and strides. out: bf16 or f32.
+void mla_decode(const MlaDecodeArgs& args, const DecodeShape& shape, const Workspace& workspace,
+                Stream stream);
+
+void quantize_q(const QuantizeQArgs& args, Stream stream);
+void append_kv(const AppendKvArgs& args, Stream stream);
+void fetch_dequant(const FetchDequantArgs& args, Stream stream);
+
+}  // namespace snapmla::cuda
