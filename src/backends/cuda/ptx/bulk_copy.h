@@ -1,0 +1,67 @@
+// Bulk copies: contiguous blocks between global and shared memory by the asynchronous proxy.
+// Sizes are multiples of 16 bytes, addresses 16-byte aligned.
+#pragma once
+
+#include <cstdint>
+
+namespace snapmla::cuda::ptx {
+
+// Global -> shared; completion adds `bytes` to the barrier's transferred count.
+__device__ __forceinline__ void bulk_copy_g2s(std::uint32_t destination, const void* source,
+                                              std::uint32_t bytes, std::uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(destination),
+      "l"(__cvta_generic_to_global(source)), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+// The same with an L2 cache policy made by l2_policy_evict_first / l2_policy_evict_last.
+__device__ __forceinline__ void bulk_copy_g2s(std::uint32_t destination, const void* source,
+                                              std::uint32_t bytes, std::uint32_t barrier,
+                                              std::uint64_t l2_policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(destination),
+      "l"(__cvta_generic_to_global(source)), "r"(bytes), "r"(barrier), "l"(l2_policy)
+      : "memory");
+}
+
+__device__ __forceinline__ std::uint64_t l2_policy_evict_first() {
+  std::uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+__device__ __forceinline__ std::uint64_t l2_policy_evict_last() {
+  std::uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// Shared -> global; complete with bulk_commit and bulk_wait_read / bulk_wait.
+__device__ __forceinline__ void bulk_copy_s2g(void* destination, std::uint32_t source,
+                                              std::uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
+                   __cvta_generic_to_global(destination)),
+               "r"(source), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void bulk_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Until at most kPending of this thread's groups still READ their shared memory.
+template <int kPending>
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// Until at most kPending of this thread's groups are incomplete (writes visible).
+template <int kPending>
+__device__ __forceinline__ void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+}  // namespace snapmla::cuda::ptx
