@@ -19,12 +19,21 @@ ensure_packages() {
   [ ${#missing[@]} -eq 0 ] && return 0
   local sudo=()
   if [ "$(id -u)" -ne 0 ]; then
-    command -v sudo >/dev/null || die "these packages are missing and this is neither root nor is sudo here: ${missing[*]}"
+    command -v sudo >/dev/null || die "packages are missing, and installing them needs root or sudo: apt-get install ${missing[*]}"
     sudo=(sudo)
   fi
   say "installing ${missing[*]}"
-  "${sudo[@]}" apt-get update -qq
-  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+  # -qq hides what apt does, so on failure the whole log is shown.
+  local log
+  log=$(mktemp)
+  if ! "${sudo[@]}" apt-get -o DPkg::Lock::Timeout=600 update -qq >"$log" 2>&1 ||
+    ! "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 -o Dpkg::Use-Pty=0 \
+      install -y -qq --no-install-recommends "${missing[@]}" >>"$log" 2>&1; then
+    tail -n 30 "$log" >&2
+    rm -f "$log"
+    die "installing packages failed; install by hand: ${missing[*]}"
+  fi
+  rm -f "$log"
 }
 
 # The compiler of the CUDA toolkit may lie outside PATH.
@@ -48,8 +57,10 @@ build() {
     cmake -S "$root" -B "$dir" -G Ninja "$@" >"$log" 2>&1 || { tail -n 40 "$log" >&2; die "configuring failed (whole log: $log)"; }
     printf '%s' "$*" >"$dir/.options"
   fi
-  if ! ninja -C "$dir" -n "$target" 2>/dev/null | grep -q 'no work to do'; then
-    say "building ($dir)"
-    cmake --build "$dir" --target "$target" >"$log" 2>&1 || { grep -E -A6 'error|FAILED|warning' "$log" | head -n 60 >&2; die "the build failed (whole log: $log)"; }
-  fi
+  # Nearly always nothing is to be done; the line appears only when the wait would need explaining.
+  (sleep 2 && say "building ($dir)") &
+  local notice=$! status=0
+  cmake --build "$dir" --target "$target" >"$log" 2>&1 || status=$?
+  kill "$notice" 2>/dev/null && wait "$notice" 2>/dev/null || true
+  [ "$status" -eq 0 ] || { grep -E -A6 'error|FAILED|warning' "$log" | head -n 60 >&2; die "the build failed (whole log: $log)"; }
 }

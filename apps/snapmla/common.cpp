@@ -52,7 +52,8 @@ EngineOptions engine_options(const ModelFlags& flags) {
   options.max_model_len = flags.max_model_len;
   options.threads = flags.threads;
   if (isatty(STDERR_FILENO)) {
-    options.on_load_progress = [](double fraction) {
+    options.on_load_progress = [](std::int64_t done, std::int64_t total) {
+      const double fraction = static_cast<double>(done) / static_cast<double>(total);
       std::cerr << "\rloading " << static_cast<int>(fraction * 100) << "%"
                 << (fraction >= 1 ? "\r            \r" : "") << std::flush;
     };

@@ -4,7 +4,9 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "snapmla/kv_cache.h"
@@ -23,7 +25,8 @@ struct EngineOptions {
   std::int64_t kv_cache_tokens = 0;  // pool size in tokens; 0 = max_model_len
   int prefill_chunk = 512;           // prompt tokens per forward; never changes a result
   int threads = 0;                   // 0 = all that the process may use
-  std::function<void(double fraction)> on_load_progress;  // 0..1 while weights are loaded
+  // Called while weights are loaded, with bytes of the checkpoint's files.
+  std::function<void(std::int64_t done, std::int64_t total)> on_load_progress;
 };
 
 // temperature 0 = greedy. Filters apply in the order top_k, top_p, min_p, on the tempered
@@ -39,7 +42,8 @@ struct SamplingParams {
   bool ignore_eos = false;
 };
 
-enum class FinishReason : std::uint8_t { kStop, kLength };
+// kCancelled: on_text returned false.
+enum class FinishReason : std::uint8_t { kStop, kLength, kCancelled };
 const char* to_string(FinishReason reason) noexcept;
 
 struct RequestOutput {
@@ -68,15 +72,27 @@ class Engine {
   std::string backend_name() const;
   std::int64_t cache_bytes_per_token() const;  // all layers
 
-  // Runs one request to its end. on_text receives the new text as it becomes valid UTF-8; returning
-  // false cancels. Throws kInvalidArgument when the prompt is empty, holds an id outside the
-  // vocabulary or does not fit max_model_len.
+  // Text to prompt tokens, with the BOS that the checkpoint's tokenizer asks for, and back (special
+  // tokens left out). Throws kNotFound when the checkpoint has no tokenizer.json.
+  std::vector<std::int32_t> encode(std::string_view text) const;
+  std::string decode(std::span<const std::int32_t> tokens) const;
+
+  // Runs one request to its end. on_text receives the new text as it becomes valid UTF-8. It is
+  // called after every chunk of the prompt and every token, with an empty text where there is
+  // nothing new to show, so that returning false cancels at any time. Throws kInvalidArgument when
+  // the prompt is empty, holds an id outside the vocabulary or does not fit max_model_len, kIo when
+  // a file of the checkpoint changed under the engine.
   RequestOutput generate(const std::vector<std::int32_t>& prompt_tokens,
                          const SamplingParams& params,
                          const std::function<bool(const std::string& text)>& on_text = {});
 
   // Logits for every position of `tokens`, prefill path: [tokens.size(), vocab_size] f32.
   std::vector<float> logits(const std::vector<std::int32_t>& tokens);
+
+  // The same through the decode path: the first prefill_tokens (at least 1) as a prompt, the others
+  // seqlen_q (1..16) per step, as speculative decoding verifies drafts.
+  std::vector<float> decode_logits(const std::vector<std::int32_t>& tokens,
+                                   std::int64_t prefill_tokens, int seqlen_q);
 
  private:
   struct Impl;

@@ -1,6 +1,7 @@
 // Umbrella header of the public API.
 #pragma once
 
+#include "snapmla/backend.h"
 #include "snapmla/dtype.h"
 #include "snapmla/engine.h"
 #include "snapmla/error.h"

@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "base/check.h"
 #include "engine/backend_factory.h"
 #include "engine/sampler.h"
 #include "engine/stop_text.h"
@@ -30,7 +31,15 @@ std::int64_t pages_for(std::int64_t tokens) { return (tokens + kPageSize - 1) / 
 }  // namespace
 
 const char* to_string(FinishReason reason) noexcept {
-  return reason == FinishReason::kStop ? "stop" : "length";
+  switch (reason) {
+    case FinishReason::kStop:
+      return "stop";
+    case FinishReason::kLength:
+      return "length";
+    case FinishReason::kCancelled:
+      return "cancelled";
+  }
+  return "unknown";
 }
 
 struct Engine::Impl {
@@ -47,9 +56,12 @@ struct Engine::Impl {
 
   explicit Impl(EngineOptions given);
   void check_prompt(const std::vector<std::int32_t>& prompt) const;
-  // Hidden state of the last prompt token.
+  // Hidden state of the last prompt token; empty when keep_going, asked after every chunk, says no.
   std::vector<float> prefill(SequencePages& pages, const std::vector<std::int32_t>& prompt,
-                             std::int64_t reused);
+                             std::int64_t reused, const std::function<bool()>& keep_going);
+  // Logits of tokens [begin, end) through the prefill path, appended to `all`.
+  void prefill_logits(SequencePages& pages, std::span<const std::int32_t> tokens,
+                      std::vector<float>& all);
 };
 
 Engine::Impl::Impl(EngineOptions given)
@@ -101,7 +113,8 @@ void Engine::Impl::check_prompt(const std::vector<std::int32_t>& prompt) const {
 
 std::vector<float> Engine::Impl::prefill(SequencePages& pages,
                                          const std::vector<std::int32_t>& prompt,
-                                         std::int64_t reused) {
+                                         std::int64_t reused,
+                                         const std::function<bool()>& keep_going) {
   const auto length = static_cast<std::int64_t>(prompt.size());
   std::span<const float> hidden;
   std::int64_t rows = 0;
@@ -110,9 +123,27 @@ std::vector<float> Engine::Impl::prefill(SequencePages& pages,
     hidden = forward->prefill(
         pages, at,
         std::span(prompt).subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(rows)));
+    checkpoint.check_reads();
+    if (!keep_going()) return {};
   }
   const auto last = hidden.last(static_cast<std::size_t>(config.hidden_size));
   return {last.begin(), last.end()};
+}
+
+void Engine::Impl::prefill_logits(SequencePages& pages, std::span<const std::int32_t> tokens,
+                                  std::vector<float>& all) {
+  const auto length = static_cast<std::int64_t>(tokens.size());
+  std::vector<float> part;
+  std::int64_t rows = 0;
+  for (std::int64_t at = 0; at < length; at += rows) {
+    rows = std::min<std::int64_t>(options.prefill_chunk, length - at);
+    forward->logits(forward->prefill(pages, at,
+                                     tokens.subspan(static_cast<std::size_t>(at),
+                                                    static_cast<std::size_t>(rows))),
+                    part);
+    checkpoint.check_reads();
+    all.insert(all.end(), part.begin(), part.end());
+  }
 }
 
 Engine::Engine(EngineOptions options) : impl_(std::make_unique<Impl>(std::move(options))) {}
@@ -128,6 +159,14 @@ const Tokenizer& Engine::tokenizer() const {
     throw Error(ErrorCode::kNotFound, impl_->options.model_dir + "/tokenizer.json: no such file");
   }
   return *impl_->tokenizer;
+}
+
+std::vector<std::int32_t> Engine::encode(std::string_view text) const {
+  return tokenizer().encode(text);
+}
+
+std::string Engine::decode(std::span<const std::int32_t> tokens) const {
+  return tokenizer().decode(tokens);
 }
 
 std::int64_t Engine::cache_bytes_per_token() const {
@@ -152,15 +191,22 @@ RequestOutput Engine::generate(const std::vector<std::int32_t>& prompt_tokens,
     throw Error(ErrorCode::kOutOfMemory, "the cache pool has no room for a prompt of " +
                                              std::to_string(prompt_length) + " tokens");
   }
-  std::vector<float> hidden = e.prefill(pages, prompt_tokens, result.reused_tokens);
-  e.cache->prefix_index().insert(prompt_tokens, pages.table());
+  const auto show = [&](const std::string& piece) { return !on_text || on_text(piece); };
+  std::vector<float> hidden =
+      e.prefill(pages, prompt_tokens, result.reused_tokens, [&] { return show(""); });
   result.prompt_seconds = seconds_since(start);
+  result.cache_bytes = static_cast<std::int64_t>(pages.table().size()) * e.cache->bytes_per_page() *
+                       e.config.num_hidden_layers;
+  if (hidden.empty()) {
+    result.finish_reason = FinishReason::kCancelled;
+    return result;
+  }
+  e.cache->prefix_index().insert(prompt_tokens, pages.table());
 
   const auto decode_start = std::chrono::steady_clock::now();
   engine::StopText text(e.tokenizer.get(), params.stop);
   std::vector<float> logits;
-  bool running = true;
-  while (running && static_cast<std::int64_t>(result.tokens.size()) < params.max_tokens) {
+  while (static_cast<std::int64_t>(result.tokens.size()) < params.max_tokens) {
     e.forward->logits(hidden, logits);
     const std::int32_t token = sampler.sample(logits);
     if (!params.ignore_eos && e.end_tokens.contains(token)) {
@@ -168,21 +214,26 @@ RequestOutput Engine::generate(const std::vector<std::int32_t>& prompt_tokens,
       break;
     }
     result.tokens.push_back(token);
-    const std::string piece = text.push(token);
-    if (!piece.empty() && on_text && !on_text(piece)) break;
+    const bool go_on = show(text.push(token));
     if (text.stopped()) {
       result.finish_reason = FinishReason::kStop;
+      break;
+    }
+    if (!go_on) {
+      result.finish_reason = FinishReason::kCancelled;
       break;
     }
     if (static_cast<std::int64_t>(result.tokens.size()) == params.max_tokens) break;
     if (pages.length() + 1 > e.max_len || !pages.extend(1)) break;
     const SequencePages* sequence = &pages;
     const auto next = e.forward->decode({&sequence, 1}, 1, {&token, 1});
+    e.checkpoint.check_reads();
     hidden.assign(next.begin(), next.end());
   }
+  e.checkpoint.check_reads();  // of the last logits too
   if (!text.stopped()) {
     const std::string rest = text.finish();
-    if (!rest.empty() && on_text) on_text(rest);
+    if (!rest.empty()) show(rest);
   }
   result.text = text.text();
   result.decode_seconds = seconds_since(decode_start);
@@ -192,23 +243,36 @@ RequestOutput Engine::generate(const std::vector<std::int32_t>& prompt_tokens,
 }
 
 std::vector<float> Engine::logits(const std::vector<std::int32_t>& tokens) {
+  return decode_logits(tokens, static_cast<std::int64_t>(tokens.size()), 1);
+}
+
+std::vector<float> Engine::decode_logits(const std::vector<std::int32_t>& tokens,
+                                         std::int64_t prefill_tokens, int seqlen_q) {
   Impl& e = *impl_;
   e.check_prompt(tokens);
   const auto length = static_cast<std::int64_t>(tokens.size());
+  require(prefill_tokens >= 1 && prefill_tokens <= length, "prefill_tokens", prefill_tokens,
+          "at least 1, at most the number of tokens");
+  require(seqlen_q >= 1 && seqlen_q <= kMaxSeqlenQ, "seqlen_q", seqlen_q, "1 to 16");
   SequencePages pages(*e.cache);
-  if (!pages.extend(length)) {
+  const auto extend = [&](std::int64_t count) {
+    if (pages.extend(count)) return;
     throw Error(ErrorCode::kOutOfMemory,
                 "the cache pool has no room for " + std::to_string(length) + " tokens");
-  }
+  };
   std::vector<float> all, part;
   all.reserve(static_cast<std::size_t>(length * e.config.vocab_size));
+  extend(prefill_tokens);
+  e.prefill_logits(pages, std::span(tokens).first(static_cast<std::size_t>(prefill_tokens)), all);
   std::int64_t rows = 0;
-  for (std::int64_t at = 0; at < length; at += rows) {
-    rows = std::min<std::int64_t>(e.options.prefill_chunk, length - at);
-    e.forward->logits(e.forward->prefill(pages, at,
-                                         std::span(tokens).subspan(static_cast<std::size_t>(at),
-                                                                   static_cast<std::size_t>(rows))),
-                      part);
+  for (std::int64_t at = prefill_tokens; at < length; at += rows) {
+    rows = std::min<std::int64_t>(seqlen_q, length - at);
+    extend(rows);
+    const SequencePages* sequence = &pages;
+    const auto step =
+        std::span(tokens).subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(rows));
+    e.forward->logits(e.forward->decode({&sequence, 1}, static_cast<int>(rows), step), part);
+    e.checkpoint.check_reads();
     all.insert(all.end(), part.begin(), part.end());
   }
   return all;

@@ -1,12 +1,6 @@
 #include "model/safetensors.h"
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
 #include <optional>
 #include <set>
@@ -56,72 +50,44 @@ TensorView make_view(const std::uint8_t* data, DType dtype,
 
 }  // namespace
 
-SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : name_(path.string()) {
+SafetensorsFile::SafetensorsFile(const std::filesystem::path& path) : file_(path) {
   try {
-    map(path);
     parse();
-  } catch (...) {
-    if (data_) munmap(const_cast<std::uint8_t*>(data_), static_cast<std::size_t>(size_));
-    if (fd_ >= 0) close(fd_);
+  } catch (const Error&) {
+    file_.check();  // if the file changed under the parser, that is the error to report
     throw;
   }
-}
-
-SafetensorsFile::~SafetensorsFile() {
-  munmap(const_cast<std::uint8_t*>(data_), static_cast<std::size_t>(size_));
-  close(fd_);
-}
-
-void SafetensorsFile::map(const std::filesystem::path& path) {
-  fd_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-  if (fd_ < 0) {
-    throw Error(errno == ENOENT ? ErrorCode::kNotFound : ErrorCode::kIo,
-                name_ + ": " + std::strerror(errno));
-  }
-  struct stat info {};
-  if (fstat(fd_, &info) != 0 || !S_ISREG(info.st_mode)) {
-    throw Error(ErrorCode::kInvalidFile, name_ + ": not a regular file");
-  }
-  size_ = info.st_size;
-  if (size_ < 8) {
-    throw Error(
-        ErrorCode::kInvalidFile,
-        str(name_, ": got ", size_, " bytes, accepted is at least the 8 of the header length"));
-  }
-  void* data = mmap(nullptr, static_cast<std::size_t>(size_), PROT_READ, MAP_PRIVATE, fd_, 0);
-  if (data == MAP_FAILED) throw Error(ErrorCode::kIo, name_ + ": mmap: " + std::strerror(errno));
-  data_ = static_cast<const std::uint8_t*>(data);
-}
-
-void SafetensorsFile::check_size() const {
-  struct stat info {};
-  if (fstat(fd_, &info) != 0 || info.st_size != size_) {
-    throw Error(ErrorCode::kIo, str(name_, ": got ", info.st_size, " bytes, accepted are the ",
-                                    size_, " bytes of when it was opened"));
-  }
+  file_.check();
 }
 
 void SafetensorsFile::parse() {
-  std::uint64_t length = 0;
-  std::memcpy(&length, data_, 8);  // little-endian, as the format says and this code assumes
-  if (length > static_cast<std::uint64_t>(std::min(kMaxHeader, size_ - 8))) {
-    throw Error(ErrorCode::kInvalidFile,
-                str(name_, ": header length: got ", length, ", accepted are at most ",
-                    std::min(kMaxHeader, size_ - 8), " bytes in this file"));
+  const std::string& name = file_.name();
+  const std::uint8_t* data = file_.data();
+  const std::int64_t size = file_.size();
+  if (size < 8) {
+    throw Error(
+        ErrorCode::kInvalidFile,
+        str(name, ": got ", size, " bytes, accepted is at least the 8 of the header length"));
   }
-  if (length == 0 || data_[8] != '{') {
+  std::uint64_t length = 0;
+  std::memcpy(&length, data, 8);  // little-endian, as the format says and this code assumes
+  if (length > static_cast<std::uint64_t>(std::min(kMaxHeader, size - 8))) {
     throw Error(ErrorCode::kInvalidFile,
-                name_ + ": header: accepted is a JSON object that starts with '{'");
+                str(name, ": header length: got ", length, ", accepted are at most ",
+                    std::min(kMaxHeader, size - 8), " bytes in this file"));
+  }
+  if (length == 0 || data[8] != '{') {
+    throw Error(ErrorCode::kInvalidFile,
+                name + ": header: accepted is a JSON object that starts with '{'");
   }
   const auto header_end = static_cast<std::int64_t>(8 + length);
-  const std::int64_t data_bytes = size_ - header_end;
-  const nlohmann::json header =
-      parse_json({reinterpret_cast<const char*>(data_) + 8, length}, name_);
+  const std::int64_t data_bytes = size - header_end;
+  const nlohmann::json header = parse_json({reinterpret_cast<const char*>(data) + 8, length}, name);
   std::vector<std::pair<std::int64_t, std::int64_t>> spans;
   for (const auto& [tensor, value] : header.items()) {
     if (tensor == "__metadata__") continue;
-    const std::string where = name_ + ": tensor '" + tensor.substr(0, 200) + "'";
-    const JsonObject entry(value, name_, tensor.substr(0, 200));
+    const std::string where = name + ": tensor '" + tensor.substr(0, 200) + "'";
+    const JsonObject entry(value, name, tensor.substr(0, 200));
     const std::optional<DType> dtype = dtype_of(entry.string("dtype"));
     if (!dtype) entry.refuse("dtype", "one of F64, F32, F16, BF16, F8_E4M3, I64, I32, U8, BOOL");
     const nlohmann::json &shape_json = entry.raw("shape"), &offsets = entry.raw("data_offsets");
@@ -146,31 +112,24 @@ void SafetensorsFile::parse() {
                       bytes, " bytes inside the ", data_bytes, " bytes of data"));
     }
     spans.emplace_back(begin, end);
-    tensors_.emplace(tensor, make_view(data_ + header_end + begin, *dtype, shape));
+    tensors_.emplace(tensor, make_view(data + header_end + begin, *dtype, shape));
   }
   std::sort(spans.begin(), spans.end());
   std::int64_t at = 0;
   for (const auto& [begin, end] : spans) {
     if (begin != at) {
       throw Error(ErrorCode::kInvalidFile,
-                  str(name_, ": data section: a gap or an overlap at byte ", std::min(begin, at)));
+                  str(name, ": data section: a gap or an overlap at byte ", std::min(begin, at)));
     }
     at = end;
   }
   if (at != data_bytes) {
-    throw Error(ErrorCode::kInvalidFile, str(name_, ": data section: got ", data_bytes,
-                                             " bytes, the tensors describe ", at));
+    throw Error(ErrorCode::kInvalidFile,
+                str(name, ": data section: got ", data_bytes, " bytes, the tensors describe ", at));
   }
 }
 
 void Checkpoint::add(const std::filesystem::path& path) {
-  // A link may name another file of the directory, not one outside it.
-  std::error_code code;
-  const auto target = std::filesystem::canonical(path, code);
-  if (!code && target.parent_path() != std::filesystem::canonical(path.parent_path())) {
-    throw Error(ErrorCode::kInvalidFile, str(path.string(), ": got a link to ", target.string(),
-                                             ", accepted is a file of the model directory itself"));
-  }
   files_.push_back(std::make_unique<SafetensorsFile>(path));
   for (const auto& [name, view] : files_.back()->tensors()) {
     if (!tensors_.emplace(name, view).second) {
@@ -232,8 +191,14 @@ Checkpoint Checkpoint::open(const std::filesystem::path& model_dir) {
   return checkpoint;
 }
 
-void Checkpoint::check_sizes() const {
-  for (const auto& file : files_) file->check_size();
+void Checkpoint::check_files() const {
+  for (const auto& file : files_) file->file().check();
+}
+
+void Checkpoint::check_reads() const {
+  for (const auto& file : files_) {
+    if (file->file().damaged()) file->file().check();
+  }
 }
 
 TensorView Checkpoint::get(const std::string& name) const {

@@ -1,6 +1,6 @@
 // safetensors files, memory-mapped: one file or shards with an index. Nothing in a file is trusted:
 // every length, offset and product is checked before it is used, and the tensors must tile the data
-// section exactly.
+// section exactly. Links are followed, as the Hugging Face cache needs (docs/design/0002).
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "base/mapped_file.h"
 #include "snapmla/tensor.h"
 
 namespace snapmla::model {
@@ -18,25 +19,15 @@ namespace snapmla::model {
 class SafetensorsFile {
  public:
   explicit SafetensorsFile(const std::filesystem::path& path);
-  ~SafetensorsFile();
-  SafetensorsFile(const SafetensorsFile&) = delete;
-  SafetensorsFile& operator=(const SafetensorsFile&) = delete;
 
   const std::map<std::string, TensorView>& tensors() const { return tensors_; }
-  std::int64_t size() const { return size_; }
-  // Throws kIo when the file has another size than at open. Reading a mapped page beyond the new
-  // end would raise SIGBUS; a file must not change while it is loaded, and this names the one that
-  // did.
-  void check_size() const;
+  std::int64_t size() const { return file_.size(); }
+  const MappedFile& file() const { return file_; }
 
  private:
-  void map(const std::filesystem::path& path);
   void parse();
 
-  std::string name_;
-  int fd_ = -1;
-  const std::uint8_t* data_ = nullptr;
-  std::int64_t size_ = 0;
+  MappedFile file_;
   std::map<std::string, TensorView> tensors_;
 };
 
@@ -48,7 +39,11 @@ class Checkpoint {
   bool has(const std::string& name) const { return tensors_.contains(name); }
   // Throws kNotFound naming the tensor and the directory.
   TensorView get(const std::string& name) const;
-  void check_sizes() const;  // of every file, as SafetensorsFile::check_size
+  // Throws kIo, naming the file, when one changed while it was in use: check_files() asks the
+  // operating system for every size, check_reads() only whether a read has met a lost page, which
+  // is cheap enough to follow every step of a computation on the weights.
+  void check_files() const;
+  void check_reads() const;
   std::int64_t total_bytes() const { return total_bytes_; }
   const std::map<std::string, TensorView>& tensors() const { return tensors_; }
   const std::string& directory() const { return directory_; }

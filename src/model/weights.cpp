@@ -1,5 +1,8 @@
 #include "model/weights.h"
 
+#include <unistd.h>
+
+#include <algorithm>
 #include <optional>
 #include <string>
 
@@ -211,13 +214,61 @@ class Loader {
   const ModelConfig& c_;
 };
 
+// Brings mapped weights into memory, one byte per page, and counts what it went through.
+class Prefetcher {
+ public:
+  Prefetcher(const Checkpoint& checkpoint, const LoadProgress& on_progress)
+      : checkpoint_(checkpoint), on_progress_(on_progress) {
+    const double memory =
+        static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
+    touches_ = static_cast<double>(checkpoint.total_bytes()) < 0.9 * memory;
+  }
+
+  // Every tensor whose name starts with `prefix`.
+  void fetch(const std::string& prefix) {
+    const auto& tensors = checkpoint_.tensors();
+    for (auto it = tensors.lower_bound(prefix);
+         it != tensors.end() && it->first.starts_with(prefix); ++it) {
+      fetch(it->second);
+    }
+  }
+
+  void report(std::int64_t bytes) {
+    if (on_progress_) on_progress_(bytes, checkpoint_.total_bytes());
+  }
+
+ private:
+  static constexpr std::int64_t kStep = 16 << 20;  // bytes between two reports
+
+  void fetch(const TensorView& t) {
+    const auto* bytes = static_cast<const volatile std::uint8_t*>(t.raw());
+    const std::int64_t size = t.numel() * static_cast<std::int64_t>(size_of(t.dtype()));
+    for (std::int64_t begin = 0; begin < size; begin += kStep) {
+      const std::int64_t end = std::min(size, begin + kStep);
+      if (touches_) {
+        for (std::int64_t at = begin; at < end; at += 4096) (void)bytes[at];
+      }
+      done_ += end - begin;
+      report(done_);
+    }
+  }
+
+  const Checkpoint& checkpoint_;
+  const LoadProgress& on_progress_;
+  bool touches_ = true;
+  std::int64_t done_ = 0;
+};
+
 }  // namespace
 
 ModelWeights load_weights(const Checkpoint& checkpoint, const ModelConfig& config,
-                          const std::function<void(double)>& on_progress) {
+                          const LoadProgress& on_progress) {
   Loader loader(checkpoint, config);
-  checkpoint.check_sizes();
+  checkpoint.check_files();
   loader.check_bytes();
+  Prefetcher prefetcher(checkpoint, on_progress);
+  prefetcher.fetch("model.embed_tokens.");
+  prefetcher.fetch("lm_head.");
   ModelWeights model;
   ops::Weight embed;
   embed.data = checkpoint.get("model.embed_tokens.weight");
@@ -233,12 +284,12 @@ ModelWeights load_weights(const Checkpoint& checkpoint, const ModelConfig& confi
                       ? embed
                       : loader.matrix("lm_head", config.vocab_size, config.hidden_size);
   for (std::int64_t i = 0; i < config.num_hidden_layers; ++i) {
+    prefetcher.fetch("model.layers." + std::to_string(i) + ".");
     model.layers.push_back(loader.layer(i, model));
-    if (on_progress)
-      on_progress(static_cast<double>(i + 1) / static_cast<double>(config.num_hidden_layers));
   }
   model.mtp = loader.mtp(model);
-  checkpoint.check_sizes();
+  prefetcher.report(checkpoint.total_bytes());
+  checkpoint.check_files();
   return model;
 }
 

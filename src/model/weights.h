@@ -48,8 +48,11 @@ struct ModelWeights {
 
 // `checkpoint` must outlive the result. Throws kNotFound for a missing tensor, kInvalidFile for one
 // whose shape or type does not fit the config or for fewer bytes than the config needs, kIo when a
-// file changed its size meanwhile. on_progress receives 0..1.
+// // file changed meanwhile. Every weight is read once, so that the pages are in memory before the
+// first token, unless the files are larger than the machine's memory. on_progress receives bytes of
+// the files: those that are done and all of them.
+using LoadProgress = std::function<void(std::int64_t done, std::int64_t total)>;
 ModelWeights load_weights(const Checkpoint& checkpoint, const ModelConfig& config,
-                          const std::function<void(double)>& on_progress = {});
+                          const LoadProgress& on_progress = {});
 
 }  // namespace snapmla::model

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
 
 #include "engine/sampler.h"
 #include "model/safetensors.h"
@@ -156,6 +157,81 @@ TEST(Sampler, FiltersAndEdgeCases) {
   EXPECT_EQ(engine::Sampler(p).sample(std::vector<float>(4, NAN)), 0);
   p.temperature = -1.0f;
   EXPECT_THROW(engine::Sampler{p}, Error);
+}
+
+TEST(Engine, OnTextCancelsDuringThePromptAndDuringTheText) {
+  EngineOptions o = options(KvCacheFormat::kFp8);
+  o.prefill_chunk = 16;
+  Engine engine(o);
+  const std::vector<std::int32_t> prompt = Golden().prompt(0);  // 123 tokens: 8 chunks
+  SamplingParams params;
+  int calls = 0;
+  RequestOutput out = engine.generate(prompt, params, [&](const std::string& text) {
+    EXPECT_EQ(text, "");
+    return ++calls < 3;
+  });
+  EXPECT_EQ(calls, 3);
+  EXPECT_EQ(out.finish_reason, FinishReason::kCancelled);
+  EXPECT_TRUE(out.tokens.empty());
+  calls = 0;
+  out = engine.generate(prompt, params, [&](const std::string&) { return ++calls < 13; });
+  EXPECT_EQ(out.finish_reason, FinishReason::kCancelled);
+  EXPECT_EQ(out.tokens.size(), 5u);  // 8 chunks and 5 tokens
+  // A cancelled prompt leaves nothing behind that a later one could find.
+  params.max_tokens = 8;
+  params.ignore_eos = true;
+  const RequestOutput again = Engine(o).generate(prompt, params);
+  EXPECT_EQ(engine.generate(prompt, params).tokens, again.tokens);
+}
+
+TEST(Engine, DecodeLogitsAgreeWithThePromptPathForEveryStepWidth) {
+  Engine engine(options(KvCacheFormat::kF32));
+  std::vector<std::int32_t> tokens = Golden().prompt(0);
+  const std::vector<float> want = engine.logits(tokens);
+  for (int seqlen_q : {1, 3, 16}) {
+    const std::vector<float> got = engine.decode_logits(tokens, 60, seqlen_q);
+    ASSERT_EQ(got.size(), want.size());
+    double difference = 0, norm = 0;
+    for (std::size_t i = 0; i < want.size(); ++i) {
+      difference += std::pow(static_cast<double>(got[i]) - want[i], 2);
+      norm += std::pow(static_cast<double>(want[i]), 2);
+    }
+    EXPECT_LT(std::sqrt(difference / norm), 1e-5) << "seqlen_q " << seqlen_q;
+  }
+  EXPECT_THROW(engine.decode_logits(tokens, 0, 1), Error);
+  EXPECT_THROW(engine.decode_logits(tokens, 124, 1), Error);
+  EXPECT_THROW(engine.decode_logits(tokens, 1, 17), Error);
+}
+
+TEST(Engine, EncodeAndDecodeGoThroughTheTokenizer) {
+  const Engine engine(options(KvCacheFormat::kFp8));
+  const std::vector<std::int32_t> ids = engine.encode("import os\n");
+  EXPECT_EQ(ids.front(), 0);  // BOS
+  EXPECT_EQ(engine.decode(ids), "import os\n");
+}
+
+// The weights stay mapped while the engine lives: cutting a file short must end in an error.
+TEST(Engine, AWeightFileThatIsCutShortEndsTheRequestWithAnError) {
+  namespace fs = std::filesystem;
+  const fs::path dir = fs::path(testing::TempDir()) / "snapmla-cut-short";
+  fs::remove_all(dir);
+  fs::copy(kModel, dir);
+  EngineOptions o = options(KvCacheFormat::kFp8);
+  o.model_dir = dir.string();
+  Engine engine(o);
+  const std::vector<std::int32_t> prompt = Golden().prompt(0);
+  SamplingParams params;
+  params.max_tokens = 4;
+  engine.generate(prompt, params);
+  fs::resize_file(dir / "model-00002-of-00002.safetensors", 4096);
+  try {
+    engine.generate(prompt, params);
+    ADD_FAILURE() << "no error";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.code(), ErrorCode::kIo);
+    EXPECT_NE(std::string(e.what()).find("model-00002-of-00002.safetensors"), std::string::npos);
+  }
+  fs::remove_all(dir);
 }
 
 }  // namespace

@@ -207,9 +207,9 @@ TEST(Safetensors, AFileThatShrinksIsNoticed) {
   const fs::path file = fresh_directory() / "model.safetensors";
   write_text(file, raw_file(R"({"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}})", "abcd"));
   const Checkpoint checkpoint = Checkpoint::open(file.parent_path());
-  checkpoint.check_sizes();
+  checkpoint.check_files();
   fs::resize_file(file, fs::file_size(file) - 1);
-  const std::string message = error_of([&] { checkpoint.check_sizes(); }, ErrorCode::kIo);
+  const std::string message = error_of([&] { checkpoint.check_files(); }, ErrorCode::kIo);
   EXPECT_NE(message.find(file.string()), std::string::npos) << message;
 }
 
@@ -296,16 +296,38 @@ INSTANTIATE_TEST_SUITE_P(
         BadIndex{"NotJson", "{", ErrorCode::kInvalidFile, "JSON"}),
     [](const auto& info) { return std::string(info.param.label); });
 
-TEST(Checkpoint, ALinkOutOfTheDirectoryIsRefusedAndOneInsideIsNot) {
-  const fs::path outside = fresh_directory(), dir = fresh_directory();
-  write_text(outside / "secret", one("a"));
-  fs::create_symlink(outside / "secret", dir / "model.safetensors");
-  const std::string message = error_of([&] { Checkpoint::open(dir); }, ErrorCode::kInvalidFile);
-  EXPECT_NE(message.find("link"), std::string::npos) << message;
+// snapshots/REVISION/FILE -> ../../blobs/HASH, as the Hugging Face cache has it.
+TEST(Checkpoint, LinksToRegularFilesAreFollowed) {
+  const fs::path cache = fresh_directory();
+  const fs::path snapshot = cache / "snapshots" / "0123";
+  fs::create_directories(snapshot);
+  fs::create_directories(cache / "blobs");
+  write_text(cache / "blobs" / "aa", one("a"));
+  fs::create_symlink("../../blobs/aa", snapshot / "model.safetensors");
+  EXPECT_TRUE(Checkpoint::open(snapshot).has("a"));
+}
+
+TEST(Checkpoint, LinksToAnythingElseAreRefused) {
+  const fs::path dir = fresh_directory();
+  fs::create_symlink("nowhere", dir / "model.safetensors");
+  error_of([&] { Checkpoint::open(dir); }, ErrorCode::kNotFound);
   fs::remove(dir / "model.safetensors");
-  write_text(dir / "real", one("a"));
-  fs::create_symlink("real", dir / "model.safetensors");
-  EXPECT_TRUE(Checkpoint::open(dir).has("a"));
+  fs::create_symlink("/dev/zero", dir / "model.safetensors");
+  const std::string message = error_of([&] { Checkpoint::open(dir); }, ErrorCode::kInvalidFile);
+  EXPECT_NE(message.find("model.safetensors: not a regular file"), std::string::npos) << message;
+}
+
+TEST(Checkpoint, AReadBeyondTheNewEndIsAnError) {
+  const fs::path dir = fresh_directory();
+  const std::string header = R"({"a":{"dtype":"U8","shape":[100000],"data_offsets":[0,100000]}})";
+  write_text(dir / "model.safetensors", raw_file(header, std::string(100000, 'x')));
+  const Checkpoint checkpoint = Checkpoint::open(dir);
+  checkpoint.check_reads();
+  fs::resize_file(dir / "model.safetensors", 5000);
+  checkpoint.check_reads();  // nothing was read yet
+  EXPECT_EQ(checkpoint.get("a").data<const volatile char>()[99999], 0);
+  const std::string message = error_of([&] { checkpoint.check_reads(); }, ErrorCode::kIo);
+  EXPECT_NE(message.find("model.safetensors: the file changed"), std::string::npos) << message;
 }
 
 }  // namespace
