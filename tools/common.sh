@@ -58,7 +58,7 @@ build() {
     printf '%s' "$*" >"$dir/.options"
   fi
   # Nearly always nothing is to be done; the line appears only when the wait would need explaining.
-  (sleep 2 && say "building ($dir)") &
+  (sleep 2 >/dev/null 2>&1 && say "building ($dir)") &
   local notice=$! status=0
   cmake --build "$dir" --target "$target" >"$log" 2>&1 || status=$?
   kill "$notice" 2>/dev/null && wait "$notice" 2>/dev/null || true
