@@ -74,12 +74,14 @@ TEST(ShippedModel, F32CacheMatchesTheOracle) {
   EXPECT_LT(distance, 1e-5);
 }
 
+// 1.5 times what these two functions returned on the cpu backend when the bounds were set: 2.22e-3
+// and 1.175e-2 (run with a bound of zero, the failure message prints the value).
 TEST(ShippedModel, Bf16CacheStaysWithinItsBound) {
-  EXPECT_LT(worst_distance(KvCacheFormat::kBf16, 0.5f), 1e-2);
+  EXPECT_LT(worst_distance(KvCacheFormat::kBf16, 0.5f), 3.33e-3);
 }
 
 TEST(ShippedModel, Fp8CacheStaysWithinItsBound) {
-  EXPECT_LT(worst_distance(KvCacheFormat::kFp8, 2.0f), 5e-2);
+  EXPECT_LT(worst_distance(KvCacheFormat::kFp8, 2.0f), 1.76e-2);
 }
 
 // Consistent prefill: neither the chunk size nor pages found in the prefix index change a bit.

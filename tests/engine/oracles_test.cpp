@@ -3,37 +3,15 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <filesystem>
-#include <fstream>
-#include <iterator>
-#include <nlohmann/json.hpp>
 
-#include "model/safetensors.h"
+#include "engine/oracle_files.h"
 #include "snapmla/snapmla.h"
 
 namespace snapmla {
 namespace {
 
-namespace fs = std::filesystem;
-const fs::path kOracles = SNAPMLA_SOURCE_DIR "/tests/oracles";
-
-// A variant names the directory whose weights it uses; the engine wants both in one place.
-fs::path checkpoint_dir(const std::string& name) {
-  std::ifstream in(kOracles / name / "meta.json");
-  const nlohmann::json meta = nlohmann::json::parse(in);
-  if (fs::exists(kOracles / name / "model.safetensors") ||
-      fs::exists(kOracles / name / "model.safetensors.index.json")) {
-    return kOracles / name;
-  }
-  const fs::path weights =
-      (kOracles / name / meta.at("weights").get<std::string>()).lexically_normal();
-  const fs::path dir = fs::path(testing::TempDir()) / ("snapmla_oracle_" + name);
-  fs::create_directories(dir);
-  fs::copy_file(kOracles / name / "config.json", dir / "config.json",
-                fs::copy_options::overwrite_existing);
-  fs::copy_file(weights, dir / "model.safetensors", fs::copy_options::overwrite_existing);
-  return dir;
-}
+using oracle::checkpoint_dir;
+using oracle::kOracles;
 
 class Oracle : public testing::TestWithParam<std::tuple<std::string, std::string>> {};
 
