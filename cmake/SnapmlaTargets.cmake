@@ -5,7 +5,7 @@
 set(SNAPMLA_COMPILE_OPTIONS -Wall -Wextra -Wconversion -Werror -ffp-contract=off)
 
 function(snapmla_target_defaults target)
-  target_compile_options(${target} PRIVATE ${SNAPMLA_COMPILE_OPTIONS})
+  target_compile_options(${target} PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:${SNAPMLA_COMPILE_OPTIONS}>")
   target_include_directories(${target} PUBLIC
     $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include>
     $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>

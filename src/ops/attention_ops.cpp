@@ -27,14 +27,19 @@ void check_cache(const KvCacheView& c) {
   if (l.has_scale) check_stride("cache scale_page_stride", c.scale_page_stride, kPageSize * 4);
 }
 
-// The entries that `tokens` tokens use must be pages of the pool; the others are never looked at.
-void check_table(const std::int32_t* table, std::int64_t entries, std::int64_t tokens,
-                 std::int64_t num_pages, std::int64_t request) {
+void check_table_width(std::int64_t entries, std::int64_t tokens, std::int64_t request) {
   const std::int64_t used = (tokens + kPageSize - 1) / kPageSize;
   if (used > entries) {
     refuse("block_table", str(entries, " pages for the ", tokens, " tokens of request ", request),
            str("at least ", used, " pages"));
   }
+}
+
+// The entries that `tokens` tokens use must be pages of the pool; the others are never looked at.
+void check_table(const std::int32_t* table, std::int64_t entries, std::int64_t tokens,
+                 std::int64_t num_pages, std::int64_t request) {
+  const std::int64_t used = (tokens + kPageSize - 1) / kPageSize;
+  check_table_width(entries, tokens, request);
   for (std::int64_t i = 0; i < used; ++i) {
     if (table[i] < 0 || table[i] >= num_pages) {
       refuse("block_table", str("page ", table[i], " at [", request, ", ", i, "]"),
@@ -45,7 +50,7 @@ void check_table(const std::int32_t* table, std::int64_t entries, std::int64_t t
 
 }  // namespace
 
-void quantize_q(OpSet& ops, const QuantizeQArgs& a) {
+void check_args(const QuantizeQArgs& a) {
   check_tensor("q_latent", a.q_latent, {kAny, kAny, kAny, kKvLoraRank}, kF32OrBf16);
   const std::int64_t b = a.q_latent.dim(0), s = a.q_latent.dim(1), h = a.q_latent.dim(2);
   check_tensor("q_rope", a.q_rope, {b, s, h, kQkRopeHeadDim}, kF32OrBf16);
@@ -54,14 +59,22 @@ void quantize_q(OpSet& ops, const QuantizeQArgs& a) {
   check_tensor("q_scale_out", a.q_scale_out, {b, s, h}, {DType::kF32});
   check_no_overlap("q_latent_out", a.q_latent_out, "q_latent", a.q_latent);
   check_no_overlap("q_rope_out", a.q_rope_out, "q_rope", a.q_rope);
-  if (b * s * h > 0) ops.quantize_q(a);
 }
 
-void append_kv(OpSet& ops, const AppendKvArgs& a) {
+void quantize_q(OpSet& ops, const QuantizeQArgs& a) {
+  check_args(a);
+  if (a.q_scale_out.numel() > 0) ops.quantize_q(a);
+}
+
+void check_args(const AppendKvArgs& a) {
   check_tensor("latent", a.latent, {kAny, kKvLoraRank}, kF32OrBf16);
   check_tensor("rope", a.rope, {a.latent.dim(0), kQkRopeHeadDim}, kF32OrBf16);
   check_tensor("slot_mapping", a.slot_mapping, {a.latent.dim(0)}, {DType::kI64});
   check_cache(a.cache);
+}
+
+void append_kv(OpSet& ops, const AppendKvArgs& a) {
+  check_args(a);
   for (std::int64_t i = 0; i < a.latent.dim(0); ++i) {
     const std::int64_t slot = a.slot_mapping.data<std::int64_t>()[i];
     if (slot < -1 || slot >= a.cache.num_pages * kPageSize) {
@@ -72,7 +85,7 @@ void append_kv(OpSet& ops, const AppendKvArgs& a) {
   if (a.latent.dim(0) > 0) ops.append_kv(a);
 }
 
-void fetch_dequant(OpSet& ops, const FetchDequantArgs& a) {
+void check_args(const FetchDequantArgs& a) {
   check_cache(a.cache);
   check_tensor("block_table", a.block_table, {kAny}, {DType::kI32});
   if (a.token_begin < 0 || a.token_end < a.token_begin) {
@@ -81,12 +94,17 @@ void fetch_dequant(OpSet& ops, const FetchDequantArgs& a) {
   const std::int64_t n = a.token_end - a.token_begin;
   check_tensor("latent_out", a.latent_out, {n, kKvLoraRank}, kF32OrBf16);
   check_tensor("rope_out", a.rope_out, {n, kQkRopeHeadDim}, kF32OrBf16);
-  check_table(a.block_table.data<std::int32_t>(), a.block_table.dim(0), a.token_end,
-              a.cache.num_pages, 0);
-  if (n > 0) ops.fetch_dequant(a);
+  check_table_width(a.block_table.dim(0), a.token_end, 0);
 }
 
-void mla_decode(OpSet& ops, const MlaDecodeArgs& a) {
+void fetch_dequant(OpSet& ops, const FetchDequantArgs& a) {
+  check_args(a);
+  check_table(a.block_table.data<std::int32_t>(), a.block_table.dim(0), a.token_end,
+              a.cache.num_pages, 0);
+  if (a.token_end > a.token_begin) ops.fetch_dequant(a);
+}
+
+void check_args(const MlaDecodeArgs& a) {
   check_cache(a.cache);
   const bool fp8 = a.cache.format == KvCacheFormat::kFp8,
              f32 = a.cache.format == KvCacheFormat::kF32;
@@ -109,6 +127,11 @@ void mla_decode(OpSet& ops, const MlaDecodeArgs& a) {
           "64 or 128");
   check_no_overlap("out", a.out, "q_latent", a.q_latent);
   check_no_overlap("out", a.out, "q_rope", a.q_rope);
+}
+
+void mla_decode(OpSet& ops, const MlaDecodeArgs& a) {
+  check_args(a);
+  const std::int64_t b = a.q_latent.dim(0);
   for (std::int64_t i = 0; i < b; ++i) {
     const std::int32_t length = a.cache_seqlens.data<std::int32_t>()[i];
     if (length < 0) refuse("cache_seqlens", str(length, " for request ", i), "at least 0");

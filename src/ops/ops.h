@@ -7,6 +7,13 @@
 
 namespace snapmla::ops {
 
+// Shapes, types, strides and overlap of the arguments that the public CUDA interface shares: what
+// can be checked without reading the tensors.
+void check_args(const QuantizeQArgs& args);
+void check_args(const AppendKvArgs& args);
+void check_args(const FetchDequantArgs& args);
+void check_args(const MlaDecodeArgs& args);
+
 void quantize_q(OpSet& ops, const QuantizeQArgs& args);
 void append_kv(OpSet& ops, const AppendKvArgs& args);
 void fetch_dequant(OpSet& ops, const FetchDequantArgs& args);

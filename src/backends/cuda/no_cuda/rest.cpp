@@ -1,0 +1,18 @@
+// The other operations of include/snapmla/cuda.h, and the backend, in a build without CUDA.
+#include "backends/cuda/cuda_backend.h"
+#include "backends/cuda/no_cuda/no_cuda.h"
+#include "snapmla/cuda.h"
+
+namespace snapmla::cuda {
+
+const char* unavailable_reason() noexcept {
+  return "this build has no CUDA kernels (configured without nvcc, or with SNAPMLA_CUDA=OFF)";
+}
+
+void quantize_q(const QuantizeQArgs&, Stream) { not_built("quantize_q"); }
+void append_kv(const AppendKvArgs&, Stream) { not_built("append_kv"); }
+void fetch_dequant(const FetchDequantArgs&, Stream) { not_built("fetch_dequant"); }
+
+std::unique_ptr<ops::OpSet> make_cuda_backend() { not_built("the backend"); }
+
+}  // namespace snapmla::cuda
