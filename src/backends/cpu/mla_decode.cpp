@@ -1,12 +1,14 @@
-// Absorbed decode on the host. A work item is (request, split, group of rows): it decodes each
-// block of keys to f32 once and runs all its rows over it, following numeric/softmax.h for an FP8
-// cache.
+// Absorbed decode on the host. A work item is (request, split, group of up to 16 rows): it unpacks
+// each block of keys to f32 once and runs all its rows over it as two small GEMMs with the softmax
+// of numeric/softmax.h between them. Splits depend on the length alone, so a row's bits depend
+// neither on the batch nor on the threads.
 #include <cmath>
 #include <limits>
 #include <vector>
 
+#include "backends/cpu/attention_kernels.h"
 #include "backends/cpu/cpu_ops.h"
-#include "backends/cpu/page_reader.h"
+#include "backends/cpu/kernels.h"
 #include "numeric/softmax.h"
 #include "ops/element.h"
 #include "plan/split.h"
@@ -15,19 +17,17 @@ namespace snapmla::cpu {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr std::int64_t kRowsPerItem = 16;
-constexpr std::int64_t kMaxBlock = 128;
-
 struct Item {
   std::int64_t request, split, first_row, num_rows;
 };
 
-// Scratch of one thread.
+// Scratch of one thread: 0.3 MB of keys at p_block 128, which stay in the second-level cache.
 struct Scratch {
   std::vector<float> keys = std::vector<float>(kMaxBlock * kKeyWidth);
-  std::vector<float> queries = std::vector<float>(kRowsPerItem * kKeyWidth);
-  std::vector<float> values = std::vector<float>(kKvLoraRank);
-  float scale[kMaxBlock], log2_scale[kMaxBlock], y[kMaxBlock];
+  std::vector<float> queries = std::vector<float>(kRowLanes * kKeyWidth);
+  std::vector<float> values = std::vector<float>(kRowLanes * kKvLoraRank);
+  std::vector<float> scores = std::vector<float>(kMaxBlock * kRowLanes);
+  float scale[kMaxBlock], log2_scale[kMaxBlock];
 };
 
 class Decode {
@@ -39,8 +39,8 @@ class Decode {
       first_partial_.push_back(num_partials_);
       const std::int64_t splits = plan::num_splits(length(b), a.num_splits);
       for (std::int64_t s = 0; s < splits; ++s) {
-        for (std::int64_t r = 0; r < rows; r += kRowsPerItem)
-          items_.push_back({b, s, r, std::min(kRowsPerItem, rows - r)});
+        for (std::int64_t r = 0; r < rows; r += kRowLanes)
+          items_.push_back({b, s, r, std::min(kRowLanes, rows - r)});
       }
       num_partials_ += splits * rows;
     }
@@ -60,12 +60,13 @@ class Decode {
  private:
   std::int64_t length(std::int64_t b) const { return a_.cache_seqlens.data<std::int32_t>()[b]; }
 
-  void load_query(std::int64_t b, std::int64_t row, float* to) const {
+  // unscale undoes what load_keys did to the latent part (powers of two: exact).
+  void load_query(std::int64_t b, std::int64_t row, float* to, float unscale) const {
     const auto read = [&](const TensorView& t, std::int64_t width, float* out) {
       const std::int64_t at =
           b * t.stride(0) + row / heads_ * t.stride(1) + row % heads_ * t.stride(2);
       if (t.dtype() == DType::kE4M3) {
-        decode_e4m3(t.data<Float8E4M3>() + at, 1.0f, out, width);
+        decode_e4m3(t.data<Float8E4M3>() + at, unscale, out, width);
       } else if (t.dtype() == DType::kBF16) {
         decode_bf16(t.data<BFloat16>() + at, out, width);
       } else {
@@ -84,85 +85,56 @@ class Decode {
 
   void attend(const Item& item) {
     thread_local Scratch s;
-    numeric::RowState state[kRowsPerItem];
-    const std::int64_t rows = seqlen_q_ * heads_;
+    const std::int64_t rows = seqlen_q_ * heads_, length = this->length(item.request);
+    const bool fp8 = a_.cache.format == KvCacheFormat::kFp8;
+    const float unscale = latent_unscale(a_.cache.format);
     const std::int64_t partial =
         first_partial_[static_cast<std::size_t>(item.request)] + item.split * rows + item.first_row;
-    for (std::int64_t r = 0; r < item.num_rows; ++r)
+    float* out = &out_[static_cast<std::size_t>(partial * kKvLoraRank)];
+    RowBlock block;
+    block.rows = item.num_rows;
+    for (std::int64_t r = 0; r < item.num_rows; ++r) {
       load_query(item.request, item.first_row + r,
-                 &s.queries[static_cast<std::size_t>(r * kKeyWidth)]);
-    const std::int64_t splits = plan::num_splits(length(item.request), a_.num_splits);
-    const plan::PageRange range =
-        plan::split_pages(length(item.request), splits, item.split, a_.numerics.p_block);
+                 &s.queries[static_cast<std::size_t>(r * kKeyWidth)], unscale);
+      block.factor[r] = row_factor(item.request, item.first_row + r);
+    }
+    const plan::PageRange range = plan::split_pages(length, plan::num_splits(length, a_.num_splits),
+                                                    item.split, a_.numerics.p_block);
     const std::int64_t step = a_.numerics.p_block / kPageSize;
-    const bool fp8 = a_.cache.format == KvCacheFormat::kFp8;
     for (std::int64_t page = range.begin; page < range.end; page += step) {
       const std::int64_t begin = page * kPageSize;
-      const std::int64_t end =
-          std::min(std::min(page + step, range.end) * kPageSize, length(item.request));
-      load_keys(item.request, begin, end, fp8, s);
+      const std::int64_t n = std::min(std::min(page + step, range.end) * kPageSize, length) - begin;
       for (std::int64_t r = 0; r < item.num_rows; ++r) {
-        const std::int64_t visible =
-            length(item.request) - seqlen_q_ + (item.first_row + r) / heads_ + 1;
-        const std::int64_t n = std::min(end, visible) - begin;
-        if (n <= 0) continue;
-        float* out = &out_[static_cast<std::size_t>((partial + r) * kKvLoraRank)];
-        attend_row(&s.queries[static_cast<std::size_t>(r * kKeyWidth)],
-                   row_factor(item.request, item.first_row + r), n, fp8, s, state[r], out);
+        const std::int64_t seen = length - seqlen_q_ + (item.first_row + r) / heads_ + 1 - begin;
+        block.visible[r] = static_cast<std::int32_t>(std::clamp<std::int64_t>(seen, 0, n));
+      }
+      read_block(item.request, begin, n, fp8, s);
+      scores(s.queries.data(), kKeyWidth, block.rows, s.keys.data(), kKeyWidth, n, kKeyWidth, false,
+             s.scores.data());
+      softmax(block, n, fp8 ? s.scale : nullptr, s.log2_scale, fp8, s.scores.data());
+      values(block, s.scores.data(), s.keys.data(), kKeyWidth, kKvLoraRank, unscale,
+             fp8 && !a_.numerics.two_level_accumulation, s.values.data(), out, kKvLoraRank);
+    }
+    for (std::int64_t r = 0; r < item.num_rows; ++r, out += kKvLoraRank) {
+      lse2_[static_cast<std::size_t>(partial + r)] = numeric::row_lse2(block.state[r]);
+      if (block.state[r].sum == 0.0f) continue;
+      for (std::int64_t d = 0; d < kKvLoraRank; ++d) out[d] /= block.state[r].sum;
+    }
+  }
+
+  // Tokens [begin, begin + n) of a request to s.keys, and their scales.
+  void read_block(std::int64_t b, std::int64_t begin, std::int64_t n, bool fp8, Scratch& s) const {
+    const std::int32_t* table = a_.block_table.row<std::int32_t>(b);
+    for (std::int64_t t = 0; t < n; t += kPageSize) {
+      const std::int64_t page = table[(begin + t) / kPageSize],
+                         count = std::min<std::int64_t>(kPageSize, n - t);
+      load_keys(a_.cache, page, 0, count, &s.keys[static_cast<std::size_t>(t * kKeyWidth)]);
+      if (!fp8) continue;
+      for (std::int64_t j = 0; j < count; ++j) {
+        s.scale[t + j] = a_.cache.scale_plane(page)[j];
+        s.log2_scale[t + j] = numeric::log2_scale(s.scale[t + j]);
       }
     }
-    for (std::int64_t r = 0; r < item.num_rows; ++r) {
-      lse2_[static_cast<std::size_t>(partial + r)] = numeric::row_lse2(state[r]);
-      if (state[r].sum == 0.0f) continue;
-      float* out = &out_[static_cast<std::size_t>((partial + r) * kKvLoraRank)];
-      for (std::int64_t d = 0; d < kKvLoraRank; ++d) out[d] /= state[r].sum;
-    }
-  }
-
-  void load_keys(std::int64_t b, std::int64_t begin, std::int64_t end, bool fp8, Scratch& s) const {
-    const std::int32_t* table = a_.block_table.row<std::int32_t>(b);
-    for (std::int64_t t = begin; t < end; ++t) {
-      const std::int64_t page = table[t / kPageSize], j = t - begin;
-      read_key(a_.cache, page, t % kPageSize, &s.keys[static_cast<std::size_t>(j * kKeyWidth)]);
-      s.scale[j] = read_scale(a_.cache, page, t % kPageSize);
-      s.log2_scale[j] = fp8 ? numeric::log2_scale(s.scale[j]) : 0.0f;
-    }
-  }
-
-  void attend_row(const float* query, float factor, std::int64_t n, bool fp8, Scratch& s,
-                  numeric::RowState& state, float* out) const {
-    dot_rows(query, s.keys.data(), kKeyWidth, kKeyWidth, n, s.y);
-    float maximum = -kInf;
-    bool has_nan = false;
-    for (std::int64_t j = 0; j < n; ++j) {
-      s.y[j] = s.y[j] * s.scale[j] * factor + s.log2_scale[j];
-      has_nan = has_nan || std::isnan(s.y[j]);
-      maximum = std::fmax(maximum, s.y[j]);
-    }
-    const numeric::BlockFactors f = numeric::begin_block(state, maximum, has_nan);
-    if (f.skip) return;
-    float sum = 0;
-    for (std::int64_t j = 0; j < n; ++j) {
-      s.y[j] = fp8 ? numeric::e4m3_to_float(numeric::quantize_p(s.y[j], f.maximum))
-                   : numeric::kE4M3Max * std::exp2(s.y[j] - f.maximum);
-      sum += s.y[j] / s.scale[j];
-    }
-    state.sum += f.sigma * sum;
-    if (fp8 && !a_.numerics.two_level_accumulation) {
-      // One accumulator for the whole split; in f32 this differs from two levels in rounding only.
-      scale_add(out, out, f.rescale, 0.0f, kKvLoraRank);
-      for (std::int64_t j = 0; j < n; ++j)
-        scale_add(out, key(s, j), 1.0f, f.sigma * s.y[j], kKvLoraRank);
-      return;
-    }
-    std::fill(s.values.begin(), s.values.end(), 0.0f);
-    for (std::int64_t j = 0; j < n; ++j)
-      scale_add(s.values.data(), key(s, j), 1.0f, s.y[j], kKvLoraRank);
-    scale_add(out, s.values.data(), f.rescale, f.sigma, kKvLoraRank);
-  }
-
-  static const float* key(const Scratch& s, std::int64_t j) {
-    return &s.keys[static_cast<std::size_t>(j * kKeyWidth)];
   }
 
   // O = sum w_s O_s / sum w_s with w_s = 2^(lse2_s - max). Splits of weight zero are not touched.

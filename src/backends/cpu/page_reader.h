@@ -3,12 +3,11 @@
 
 #include <cstdint>
 
+#include "backends/cpu/attention_kernels.h"
 #include "backends/cpu/kernels.h"
 #include "snapmla/kv_cache.h"
 
 namespace snapmla::cpu {
-
-inline constexpr std::int64_t kKeyWidth = kKvLoraRank + kQkRopeHeadDim;
 
 // One plane row of `width` elements of T to f32: whole 16-byte units stay together in every page
 // image.
