@@ -79,6 +79,9 @@ void add_values(const std::vector<Key>& keys, const std::vector<float>& p, bool 
       sum += static_cast<double>(p[j]) * keys[j].latent[d];
     return;
   }
+  // One level, and a block so far below the running sum that the sum in the block's units leaves
+  // f32: every product is cut off whole.
+  if (std::fabs(sum) > std::numeric_limits<float>::max()) return;
   std::vector<float> products;
   for (std::size_t j = 0; j < keys.size(); ++j) {
     products.push_back(p[j] * keys[j].latent[d]);
