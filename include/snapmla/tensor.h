@@ -77,6 +77,13 @@ class TensorView {
     return data<T>() + i * stride_[0] + j * stride_[1] + k * stride_[2];
   }
 
+  // The same shape and strides over other memory.
+  TensorView with_data(void* data) const {
+    TensorView v = *this;
+    v.data_ = data;
+    return v;
+  }
+
   // The same memory with another stride in dimension `d` (a padded row, a slice of a wider tensor).
   TensorView with_stride(int d, std::int64_t elements) const {
     TensorView v = *this;

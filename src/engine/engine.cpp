@@ -26,6 +26,22 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
+// Reading the files, and for a device copying them there: half of the progress each.
+model::ModelWeights load(const model::Checkpoint& checkpoint, const ModelConfig& config,
+                         Memory& memory, const model::LoadProgress& on_progress) {
+  if (memory.host_accessible()) return model::load_weights(checkpoint, config, on_progress);
+  const auto half = [&](bool second) -> model::LoadProgress {
+    if (!on_progress) return {};
+    return [&, second](std::int64_t done, std::int64_t total) {
+      on_progress(second ? total + done : done, 2 * total);
+    };
+  };
+  model::ModelWeights weights = model::load_weights(checkpoint, config, half(false));
+  model::place_weights(weights, memory, half(true));
+  checkpoint.check_reads();
+  return weights;
+}
+
 std::int64_t pages_for(std::int64_t tokens) { return (tokens + kPageSize - 1) / kPageSize; }
 
 }  // namespace
@@ -56,9 +72,10 @@ struct Engine::Impl {
 
   explicit Impl(EngineOptions given);
   void check_prompt(const std::vector<std::int32_t>& prompt) const;
-  // Hidden state of the last prompt token; empty when keep_going, asked after every chunk, says no.
-  std::vector<float> prefill(SequencePages& pages, const std::vector<std::int32_t>& prompt,
-                             std::int64_t reused, const std::function<bool()>& keep_going);
+  // Hidden state of the last prompt token, [1, hidden_size] in the backend's memory; empty when
+  // keep_going, asked after every chunk, says no.
+  TensorView prefill(SequencePages& pages, const std::vector<std::int32_t>& prompt,
+                     std::int64_t reused, const std::function<bool()>& keep_going);
   // Logits of tokens [begin, end) through the prefill path, appended to `all`.
   void prefill_logits(SequencePages& pages, std::span<const std::int32_t> tokens,
                       std::vector<float>& all);
@@ -69,7 +86,7 @@ Engine::Impl::Impl(EngineOptions given)
       config(model::load_config(options.model_dir)),
       ops(engine::make_backend(options.backend, options.threads)),
       checkpoint(model::Checkpoint::open(options.model_dir)),
-      weights(model::load_weights(checkpoint, config, options.on_load_progress)) {
+      weights(load(checkpoint, config, ops->memory(), options.on_load_progress)) {
   const std::filesystem::path dir(options.model_dir);
   if (std::filesystem::exists(dir / "tokenizer.json")) {
     tokenizer = std::make_unique<Tokenizer>(Tokenizer::load(dir));
@@ -86,7 +103,8 @@ Engine::Impl::Impl(EngineOptions given)
         "prefill_chunk: got " + std::to_string(options.prefill_chunk) + ", accepted is at least 1");
   }
   const std::int64_t pool = options.kv_cache_tokens > 0 ? options.kv_cache_tokens : max_len;
-  cache = std::make_unique<PagedCache>(options.kv_cache, config.num_hidden_layers, pages_for(pool));
+  cache = std::make_unique<PagedCache>(options.kv_cache, config.num_hidden_layers, pages_for(pool),
+                                       ops->memory());
   forward = std::make_unique<model::Forward>(config, weights, *ops, *cache, max_len,
                                              options.scale_mode, options.numerics);
 }
@@ -111,12 +129,10 @@ void Engine::Impl::check_prompt(const std::vector<std::int32_t>& prompt) const {
   }
 }
 
-std::vector<float> Engine::Impl::prefill(SequencePages& pages,
-                                         const std::vector<std::int32_t>& prompt,
-                                         std::int64_t reused,
-                                         const std::function<bool()>& keep_going) {
+TensorView Engine::Impl::prefill(SequencePages& pages, const std::vector<std::int32_t>& prompt,
+                                 std::int64_t reused, const std::function<bool()>& keep_going) {
   const auto length = static_cast<std::int64_t>(prompt.size());
-  std::span<const float> hidden;
+  TensorView hidden;
   std::int64_t rows = 0;
   for (std::int64_t at = reused; at < length; at += rows) {
     rows = std::min<std::int64_t>(options.prefill_chunk, length - at);
@@ -126,8 +142,7 @@ std::vector<float> Engine::Impl::prefill(SequencePages& pages,
     checkpoint.check_reads();
     if (!keep_going()) return {};
   }
-  const auto last = hidden.last(static_cast<std::size_t>(config.hidden_size));
-  return {last.begin(), last.end()};
+  return TensorView::of(hidden.row<float>(rows - 1), {1, config.hidden_size});
 }
 
 void Engine::Impl::prefill_logits(SequencePages& pages, std::span<const std::int32_t> tokens,
@@ -192,7 +207,7 @@ RequestOutput Engine::generate(const std::vector<std::int32_t>& prompt_tokens,
                                              std::to_string(prompt_length) + " tokens");
   }
   const auto show = [&](const std::string& piece) { return !on_text || on_text(piece); };
-  std::vector<float> hidden =
+  TensorView hidden =
       e.prefill(pages, prompt_tokens, result.reused_tokens, [&] { return show(""); });
   result.prompt_seconds = seconds_since(start);
   result.cache_bytes = static_cast<std::int64_t>(pages.table().size()) * e.cache->bytes_per_page() *
@@ -226,9 +241,8 @@ RequestOutput Engine::generate(const std::vector<std::int32_t>& prompt_tokens,
     if (static_cast<std::int64_t>(result.tokens.size()) == params.max_tokens) break;
     if (pages.length() + 1 > e.max_len || !pages.extend(1)) break;
     const SequencePages* sequence = &pages;
-    const auto next = e.forward->decode({&sequence, 1}, 1, {&token, 1});
+    hidden = e.forward->decode({&sequence, 1}, 1, {&token, 1});
     e.checkpoint.check_reads();
-    hidden.assign(next.begin(), next.end());
   }
   e.checkpoint.check_reads();  // of the last logits too
   if (!text.stopped()) {

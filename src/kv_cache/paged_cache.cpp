@@ -1,9 +1,5 @@
 #include "kv_cache/paged_cache.h"
 
-#include <sys/mman.h>
-
-#include <cstring>
-#include <limits>
 #include <string>
 #include <utility>
 
@@ -11,11 +7,13 @@
 
 namespace snapmla {
 
-PagedCache::PagedCache(KvCacheFormat format, std::int64_t num_layers, std::int64_t num_pages)
+PagedCache::PagedCache(KvCacheFormat format, std::int64_t num_layers, std::int64_t num_pages,
+                       Memory& memory)
     : format_(format),
       num_layers_(num_layers),
       num_pages_(num_pages),
       pool_bytes_(0),
+      memory_(memory),
       allocator_(num_pages),
       prefix_index_(allocator_) {
   if (num_layers < 1 || num_pages < 1) {
@@ -30,30 +28,23 @@ PagedCache::PagedCache(KvCacheFormat format, std::int64_t num_layers, std::int64
                                              std::to_string(num_layers) +
                                              " layers exceed 64-bit addressing");
   }
-  // mmap: pages of memory that are never written are never made resident, so a pool for the longest
-  // sequence costs a short one nothing.
-  void* memory = mmap(nullptr, static_cast<std::size_t>(total), PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) {
-    throw Error(ErrorCode::kOutOfMemory,
-                "cache: cannot reserve " + std::to_string(total) + " bytes: " + strerror(errno));
+  try {
+    pool_ = Buffer(memory, total);
+  } catch (const Error& e) {
+    throw Error(e.code(), std::string("cache: ") + e.what());
   }
-  memory_ = static_cast<std::uint8_t*>(memory);
-}
-
-PagedCache::~PagedCache() {
-  if (memory_) munmap(memory_, static_cast<std::size_t>(pool_bytes_ * num_layers_));
 }
 
 KvCacheView PagedCache::layer(std::int64_t index) const {
-  return KvCacheView::of_pool(memory_ + index * pool_bytes_, num_pages_, format_);
+  return KvCacheView::of_pool(static_cast<std::uint8_t*>(pool_.data()) + index * pool_bytes_,
+                              num_pages_, format_);
 }
 
 void PagedCache::copy_page(std::int32_t from, std::int32_t to) {
   const std::int64_t bytes = bytes_per_page();
   for (std::int64_t l = 0; l < num_layers_; ++l) {
-    std::uint8_t* pool = memory_ + l * pool_bytes_;
-    std::memcpy(pool + to * bytes, pool + from * bytes, static_cast<std::size_t>(bytes));
+    std::uint8_t* pool = static_cast<std::uint8_t*>(pool_.data()) + l * pool_bytes_;
+    memory_.copy(pool + to * bytes, pool + from * bytes, bytes);
   }
 }
 

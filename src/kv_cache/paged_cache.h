@@ -1,4 +1,4 @@
-// The latent cache of one model on the host: one pool of pages per layer, page ids shared by all
+// The latent cache of one model: one pool of pages per layer, page ids shared by all
 // layers.
 #pragma once
 
@@ -10,15 +10,17 @@
 #include "kv_cache/page_allocator.h"
 #include "kv_cache/prefix_index.h"
 #include "snapmla/kv_cache.h"
+#include "tensor/memory.h"
 
 namespace snapmla {
 
 class PagedCache {
  public:
-  // Reserves num_pages pages for each of num_layers layers. The memory is touched only when a page
-  // is written. Throws kOutOfMemory when the operating system refuses it, naming the bytes.
-  PagedCache(KvCacheFormat format, std::int64_t num_layers, std::int64_t num_pages);
-  ~PagedCache();
+  // Reserves num_pages pages for each of num_layers layers in `memory`, the backend's, which must
+  // outlive the cache. On the host it is touched only when a page is written. Throws kOutOfMemory
+  // when it is refused, naming the bytes.
+  PagedCache(KvCacheFormat format, std::int64_t num_layers, std::int64_t num_pages,
+             Memory& memory = host_memory());
   PagedCache(const PagedCache&) = delete;
   PagedCache& operator=(const PagedCache&) = delete;
 
@@ -38,7 +40,8 @@ class PagedCache {
   std::int64_t num_layers_;
   std::int64_t num_pages_;
   std::int64_t pool_bytes_;  // of one layer
-  std::uint8_t* memory_ = nullptr;
+  Memory& memory_;
+  Buffer pool_;  // [num_layers] pools of pool_bytes_
   PageAllocator allocator_;
   PrefixIndex prefix_index_;
 };

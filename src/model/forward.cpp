@@ -4,7 +4,6 @@
 #include <string>
 
 #include "model/rope_table.h"
-#include "numeric/float_types.h"
 #include "ops/ops.h"
 #include "snapmla/error.h"
 
@@ -13,6 +12,8 @@ namespace snapmla::model {
 struct Forward::Step {
   std::vector<std::int32_t> positions;     // [tokens]
   std::vector<std::int64_t> slots;         // [tokens]
+  TensorView positions_view, slots_view;   // the same, where the backend can read them
+  TensorView table_view, lengths_view;     // prefill: [pages]; decode: [batch, max_pages], [batch]
   const SequencePages* prefill = nullptr;  // prefill: the one sequence
   std::int64_t begin = 0;                  // prefill: position of the first token
   int seqlen_q = 0;                        // decode
@@ -31,18 +32,32 @@ namespace {
 
 std::size_t sz(std::int64_t n) { return static_cast<std::size_t>(n); }
 
-// Grows a scratch buffer; contents are not kept.
-float* need(std::vector<float>& buffer, std::int64_t n) {
-  if (buffer.size() < sz(n)) buffer.resize(sz(n));
-  return buffer.data();
+TensorView f32(const Buffer& buffer, std::initializer_list<std::int64_t> shape) {
+  return TensorView(buffer.data(), DType::kF32, shape);
 }
 
-void to_bf16(std::span<const float> from, std::vector<BFloat16>& to) {
-  to.resize(from.size());
-  std::transform(from.begin(), from.end(), to.begin(), numeric::bf16_from_float);
+// Elements from `offset` on of a scratch buffer.
+TensorView f32_from(const Buffer& buffer, std::int64_t offset,
+                    std::initializer_list<std::int64_t> shape) {
+  return TensorView(static_cast<float*>(buffer.data()) + offset, DType::kF32, shape);
 }
 
 }  // namespace
+
+template <class T>
+T* Forward::need(Buffer& buffer, std::int64_t n) {
+  buffer.grow(memory_, n * static_cast<std::int64_t>(sizeof(T)));
+  return static_cast<T*>(buffer.data());
+}
+
+template <class T>
+TensorView Forward::place(Buffer& buffer, std::span<const T> from,
+                          std::initializer_list<std::int64_t> shape) {
+  if (memory_.host_accessible()) return TensorView::of(from.data(), shape);
+  T* to = need<T>(buffer, static_cast<std::int64_t>(from.size()));
+  memory_.upload(to, from.data(), static_cast<std::int64_t>(from.size_bytes()));
+  return TensorView::of(to, shape);
+}
 
 Forward::Forward(const ModelConfig& config, const ModelWeights& weights, ops::OpSet& ops,
                  PagedCache& cache, std::int64_t max_positions, ScaleMode scale_mode,
@@ -50,26 +65,29 @@ Forward::Forward(const ModelConfig& config, const ModelWeights& weights, ops::Op
     : config_(config),
       weights_(weights),
       ops_(ops),
+      memory_(ops.memory()),
       cache_(cache),
       scale_mode_(scale_mode),
       numerics_(numerics),
-      max_positions_(max_positions),
-      rope_table_(build_rope_table(config, max_positions)) {}
-
-void Forward::linear(const std::vector<float>& x, const ops::Weight& w, std::int64_t n,
-                     std::vector<float>& out) {
-  ops::linear(ops_, {TensorView::of(x.data(), {n, w.in_features()}), w,
-                     TensorView::of(need(out, n * w.out_features()), {n, w.out_features()})});
+      max_positions_(max_positions) {
+  const std::vector<float> table = build_rope_table(config, max_positions);
+  memory_.upload(need(rope_table_, static_cast<std::int64_t>(table.size())), table.data(),
+                 static_cast<std::int64_t>(table.size() * sizeof(float)));
 }
 
-void Forward::rms_norm(const std::vector<float>& x, const TensorView& weight, double eps,
-                       std::int64_t n, std::int64_t width, std::vector<float>& out) {
-  ops::rms_norm(ops_, {TensorView::of(x.data(), {n, width}), weight, static_cast<float>(eps),
-                       TensorView::of(need(out, n * width), {n, width})});
+void Forward::linear(const Buffer& x, const ops::Weight& w, std::int64_t n, Buffer& out) {
+  need(out, n * w.out_features());
+  ops::linear(ops_, {f32(x, {n, w.in_features()}), w, f32(out, {n, w.out_features()})});
 }
 
-std::span<const float> Forward::prefill(const SequencePages& pages, std::int64_t begin,
-                                        std::span<const std::int32_t> tokens) {
+void Forward::rms_norm(const Buffer& x, const TensorView& weight, double eps, std::int64_t n,
+                       std::int64_t width, Buffer& out) {
+  need(out, n * width);
+  ops::rms_norm(ops_, {f32(x, {n, width}), weight, static_cast<float>(eps), f32(out, {n, width})});
+}
+
+TensorView Forward::prefill(const SequencePages& pages, std::int64_t begin,
+                            std::span<const std::int32_t> tokens) {
   Step step;
   step.prefill = &pages;
   step.begin = begin;
@@ -79,8 +97,8 @@ std::span<const float> Forward::prefill(const SequencePages& pages, std::int64_t
   return run(step, tokens);
 }
 
-std::span<const float> Forward::decode(std::span<const SequencePages* const> sequences,
-                                       int seqlen_q, std::span<const std::int32_t> tokens) {
+TensorView Forward::decode(std::span<const SequencePages* const> sequences, int seqlen_q,
+                           std::span<const std::int32_t> tokens) {
   Step step;
   step.seqlen_q = seqlen_q;
   for (const SequencePages* s : sequences) {
@@ -96,49 +114,55 @@ std::span<const float> Forward::decode(std::span<const SequencePages* const> seq
   return run(step, tokens);
 }
 
-std::span<const float> Forward::run(const Step& step, std::span<const std::int32_t> tokens) {
+void Forward::check_tokens(std::span<const std::int32_t> tokens) const {
+  for (std::int32_t id : tokens) {
+    if (id < 0 || id >= config_.vocab_size) {
+      throw Error(ErrorCode::kInvalidArgument, "ids: got token id " + std::to_string(id) +
+                                                   ", accepted is 0 to " +
+                                                   std::to_string(config_.vocab_size - 1));
+    }
+  }
+}
+
+TensorView Forward::run(Step& step, std::span<const std::int32_t> tokens) {
   const std::int64_t n = step.size(), width = config_.hidden_size;
   if (n == 0) return {};
+  check_tokens(tokens);
   if (*std::ranges::max_element(step.positions) >= max_positions_) {
     throw Error(ErrorCode::kInvalidArgument,
                 "position " + std::to_string(*std::ranges::max_element(step.positions)) +
                     " lies outside the RoPE table of " + std::to_string(max_positions_) + " rows");
   }
-  const TensorView x = TensorView::of(need(x_, n * width), {n, width});
-  ops::embed(ops_, {weights_.embed, TensorView::of(tokens.data(), {n}), x});
+  step.positions_view = place<std::int32_t>(positions_, step.positions, {n});
+  step.slots_view = place<std::int64_t>(slots_, step.slots, {n});
+  if (step.prefill) {
+    const auto table = step.prefill->table();
+    step.table_view = place(table_, table, {static_cast<std::int64_t>(table.size())});
+  } else {
+    const std::int64_t batch = static_cast<std::int64_t>(step.seqlens.size());
+    step.table_view = place<std::int32_t>(table_, step.tables, {batch, step.max_pages});
+    step.lengths_view = place<std::int32_t>(lengths_, step.seqlens, {batch});
+  }
+  need(x_, n * width);
+  const TensorView x = f32(x_, {n, width});
+  ops::embed(ops_, {weights_.embed, place(ids_, tokens, {n}), x});
   for (std::int64_t layer = 0; layer < config_.num_hidden_layers; ++layer) {
     const LayerWeights& w = weights_.layers[sz(layer)];
     rms_norm(x_, w.attn_norm, config_.rms_norm_eps, n, width, normed_);
     attention(step, layer);  // leaves its result in proj_
-    ops::add(ops_, TensorView::of(proj_.data(), {n, width}), x);
+    ops::add(ops_, f32(proj_, {n, width}), x);
     rms_norm(x_, w.ffn_norm, config_.rms_norm_eps, n, width, normed_);
     ffn(w, n);  // leaves its result in out_
-    ops::add(ops_, TensorView::of(out_.data(), {n, width}), x);
+    ops::add(ops_, f32(out_, {n, width}), x);
   }
   rms_norm(x_, weights_.final_norm, config_.rms_norm_eps, n, width, normed_);
-  return std::span<const float>(normed_).first(sz(n * width));
+  return f32(normed_, {n, width});
 }
 
-void Forward::rotate(float* x, std::int64_t n, std::int64_t heads, std::int64_t row_stride,
-                     std::int64_t head_stride, const TensorView& positions) {
-  const std::int64_t rope = config_.qk_rope_head_dim;
-  const TensorView view =
-      TensorView::of(x, {n, heads, rope}).with_stride(0, row_stride).with_stride(1, head_stride);
-  ops::rope(ops_, {view, positions, TensorView::of(rope_table_.data(), {max_positions_, rope}),
-                   config_.rope_interleave});
-  if (config_.rope_interleave) return;
-  // Pages hold interleaved pairs. Scores need only the same order in query and key.
-  rope_scratch_.resize(sz(rope));
-  for (std::int64_t t = 0; t < n; ++t) {
-    for (std::int64_t h = 0; h < heads; ++h) {
-      float* row = view.row<float>(t, h);
-      std::copy_n(row, rope, rope_scratch_.begin());
-      for (std::int64_t j = 0; j < rope / 2; ++j) {
-        row[2 * j] = rope_scratch_[sz(j)];
-        row[2 * j + 1] = rope_scratch_[sz(j + rope / 2)];
-      }
-    }
-  }
+// Leaves pairs interleaved, as pages hold them: scores need only the same order in query and key.
+void Forward::rotate(const TensorView& x, const TensorView& positions) {
+  ops::rope(ops_, {x, positions, f32(rope_table_, {max_positions_, config_.qk_rope_head_dim}),
+                   config_.rope_interleave, true});
 }
 
 void Forward::query(const LayerWeights& w, std::int64_t n) {
@@ -156,25 +180,23 @@ void Forward::append(const Step& step, const LayerWeights& w, std::int64_t layer
   const std::int64_t n = step.size(), rank = config_.kv_lora_rank, rope = config_.qk_rope_head_dim;
   linear(normed_, w.kv_a, n, kv_);
   need(latent_, n * rank);
-  ops::rms_norm(
-      ops_, {TensorView::of(kv_.data(), {n, rank}).with_stride(0, rank + rope), w.kv_a_norm,
-             static_cast<float>(config_.mla_norm_eps), TensorView::of(latent_.data(), {n, rank})});
   need(k_rope_, n * rope);
-  for (std::int64_t t = 0; t < n; ++t) {
-    std::copy_n(kv_.data() + t * (rank + rope) + rank, rope, k_rope_.data() + t * rope);
-  }
-  rotate(k_rope_.data(), n, 1, rope, rope, TensorView::of(step.positions.data(), {n}));
-  ops::append_kv(
-      ops_, {TensorView::of(latent_.data(), {n, rank}), TensorView::of(k_rope_.data(), {n, rope}),
-             TensorView::of(step.slots.data(), {n}), cache_.layer(layer), scale_mode_});
+  const TensorView latent = f32(latent_, {n, rank}), k_rope = f32(k_rope_, {n, rope});
+  ops::rms_norm(ops_, {f32(kv_, {n, rank}).with_stride(0, rank + rope), w.kv_a_norm,
+                       static_cast<float>(config_.mla_norm_eps), latent});
+  ops::copy_rows(ops_, {f32_from(kv_, rank, {n, rope}).with_stride(0, rank + rope), k_rope});
+  rotate(f32(k_rope_, {n, 1, rope}), step.positions_view);
+  ops::append_kv(ops_, {latent, k_rope, step.slots_view, cache_.layer(layer), scale_mode_});
 }
 
 void Forward::attention(const Step& step, std::int64_t layer) {
   const LayerWeights& w = weights_.layers[sz(layer)];
   const std::int64_t n = step.size(), heads = config_.num_attention_heads;
   query(w, n);
-  rotate(q_.data() + config_.qk_nope_head_dim, n, heads, heads * config_.qk_head_dim(),
-         config_.qk_head_dim(), TensorView::of(step.positions.data(), {n}));
+  rotate(f32_from(q_, config_.qk_nope_head_dim, {n, heads, config_.qk_rope_head_dim})
+             .with_stride(0, heads * config_.qk_head_dim())
+             .with_stride(1, config_.qk_head_dim()),
+         step.positions_view);
   append(step, w, layer);
   if (step.prefill) {
     prefill_attention(step, layer);
@@ -190,24 +212,23 @@ void Forward::prefill_attention(const Step& step, std::int64_t layer) {
   const std::int64_t rank = config_.kv_lora_rank, rope = config_.qk_rope_head_dim;
   const std::int64_t nope = config_.qk_nope_head_dim, v_dim = config_.v_head_dim;
   const std::int64_t keys = step.begin + n;
-  const auto table = step.prefill->table();
   need(keys_latent_, keys * rank);
   need(keys_rope_, keys * rope);
-  ops::fetch_dequant(ops_, {cache_.layer(layer),
-                            TensorView::of(table.data(), {static_cast<std::int64_t>(table.size())}),
-                            0, keys, TensorView::of(keys_latent_.data(), {keys, rank}),
-                            TensorView::of(keys_rope_.data(), {keys, rope})});
+  const TensorView keys_rope = f32(keys_rope_, {keys, rope});
+  ops::fetch_dequant(ops_, {cache_.layer(layer), step.table_view, 0, keys,
+                            f32(keys_latent_, {keys, rank}), keys_rope});
   linear(keys_latent_, w.kv_b, keys, keys_expanded_);
   const std::int64_t per_head = nope + v_dim;
   const auto expanded = [&](std::int64_t offset, std::int64_t width) {
-    return TensorView::of(keys_expanded_.data() + offset, {keys, heads, width})
+    return f32_from(keys_expanded_, offset, {keys, heads, width})
         .with_stride(0, heads * per_head)
         .with_stride(1, per_head);
   };
-  ops::mla_prefill(ops_, {TensorView::of(q_.data(), {n, heads, nope + rope}), expanded(0, nope),
-                          TensorView::of(keys_rope_.data(), {keys, rope}), expanded(nope, v_dim),
-                          step.begin, static_cast<float>(config_.softmax_scale()),
-                          TensorView::of(need(attn_, n * heads * v_dim), {n, heads, v_dim})});
+  need(attn_, n * heads * v_dim);
+  ops::mla_prefill(
+      ops_,
+      {f32(q_, {n, heads, nope + rope}), expanded(0, nope), keys_rope, expanded(nope, v_dim),
+       step.begin, static_cast<float>(config_.softmax_scale()), f32(attn_, {n, heads, v_dim})});
 }
 
 void Forward::decode_attention(const Step& step, std::int64_t layer) {
@@ -216,60 +237,57 @@ void Forward::decode_attention(const Step& step, std::int64_t layer) {
   const std::int64_t rank = config_.kv_lora_rank, rope = config_.qk_rope_head_dim;
   const std::int64_t nope = config_.qk_nope_head_dim, head_dim = nope + rope;
   const std::int64_t seqlen_q = step.seqlen_q, batch = n / seqlen_q;
-  ops::head_linear(ops_,
-                   {TensorView::of(q_.data(), {n, heads, nope})
-                        .with_stride(0, heads * head_dim)
-                        .with_stride(1, head_dim),
-                    w.w_uk, TensorView::of(need(q_latent_, n * heads * rank), {n, heads, rank})});
-  need(q_rope_, n * heads * rope);
-  for (std::int64_t i = 0; i < n * heads; ++i) {
-    std::copy_n(q_.data() + i * head_dim + nope, rope, q_rope_.data() + i * rope);
-  }
-  const auto view = [&](const auto* data, std::int64_t width) {
-    return TensorView::of(data, {batch, seqlen_q, heads, width});
-  };
-  const auto used = [&](const std::vector<float>& v, std::int64_t width) {
-    return std::span<const float>(v).first(sz(n * heads * width));
+  need(q_latent_, n * heads * rank);
+  ops::head_linear(
+      ops_, {f32(q_, {n, heads, nope}).with_stride(0, heads * head_dim).with_stride(1, head_dim),
+             w.w_uk, f32(q_latent_, {n, heads, rank})});
+  const TensorView latent = f32(q_latent_, {n * heads, rank});
+  const TensorView rotated = f32_from(q_, nope, {n * heads, rope}).with_stride(0, head_dim);
+  const auto query = [&](const Buffer& buffer, DType type, std::int64_t width) {
+    return TensorView(buffer.data(), type, {batch, seqlen_q, heads, width});
   };
 
   MlaDecodeArgs args;
   args.cache = cache_.layer(layer);
   if (cache_.format() == KvCacheFormat::kF32) {
-    args.q_latent = view(q_latent_.data(), rank);
-    args.q_rope = view(q_rope_.data(), rope);
+    need(q_rope_, n * heads * rope);
+    ops::copy_rows(ops_, {rotated, f32(q_rope_, {n * heads, rope})});
+    args.q_latent = query(q_latent_, DType::kF32, rank);
+    args.q_rope = query(q_rope_, DType::kF32, rope);
   } else {
     // The absorbed query is a BF16 tensor on every backend, quantised or not.
-    to_bf16(used(q_latent_, rank), q_low_precision_);
-    to_bf16(used(q_rope_, rope), q_rope_low_precision_);
-    args.q_latent = view(q_low_precision_.data(), rank);
-    args.q_rope = view(q_rope_low_precision_.data(), rope);
+    need<BFloat16>(q_latent16_, n * heads * rank);
+    need<BFloat16>(q_rope16_, n * heads * rope);
+    args.q_latent = query(q_latent16_, DType::kBF16, rank);
+    args.q_rope = query(q_rope16_, DType::kBF16, rope);
+    ops::copy_rows(ops_, {latent, TensorView(q_latent16_.data(), DType::kBF16, {n * heads, rank})});
+    ops::copy_rows(ops_, {rotated, TensorView(q_rope16_.data(), DType::kBF16, {n * heads, rope})});
   }
   if (cache_.format() == KvCacheFormat::kFp8) {
-    q_codes_.resize(sz(n * heads * rank));
-    std::vector<BFloat16>& rope_out = q_rope_low_precision_;
-    std::vector<BFloat16> rope_in = rope_out;
+    need<Float8E4M3>(q_codes_, n * heads * rank);
+    need<BFloat16>(q_rope_codes_, n * heads * rope);
     need(q_scale_, n * heads);
-    QuantizeQArgs quantize{
-        args.q_latent,
-        view(rope_in.data(), rope),
-        TensorView(q_codes_.data(), DType::kE4M3, {batch, seqlen_q, heads, rank}),
-        view(rope_out.data(), rope),
-        TensorView::of(q_scale_.data(), {batch, seqlen_q, heads}),
-        scale_mode_};
+    const QuantizeQArgs quantize{args.q_latent,
+                                 args.q_rope,
+                                 query(q_codes_, DType::kE4M3, rank),
+                                 query(q_rope_codes_, DType::kBF16, rope),
+                                 f32(q_scale_, {batch, seqlen_q, heads}),
+                                 scale_mode_};
     ops::quantize_q(ops_, quantize);
     args.q_latent = quantize.q_latent_out;
     args.q_rope = quantize.q_rope_out;
     args.q_scale = quantize.q_scale_out;
   }
-  args.block_table = TensorView::of(step.tables.data(), {batch, step.max_pages});
-  args.cache_seqlens = TensorView::of(step.seqlens.data(), {batch});
+  args.block_table = step.table_view;
+  args.cache_seqlens = step.lengths_view;
   args.softmax_scale = static_cast<float>(config_.softmax_scale());
-  args.out = view(need(attn_latent_, n * heads * rank), rank);
+  need(attn_latent_, n * heads * rank);
+  args.out = query(attn_latent_, DType::kF32, rank);
   args.numerics = numerics_;
   ops::mla_decode(ops_, args);
-  ops::head_linear(ops_, {TensorView::of(attn_latent_.data(), {n, heads, rank}), w.w_uv,
-                          TensorView::of(need(attn_, n * heads * config_.v_head_dim),
-                                         {n, heads, config_.v_head_dim})});
+  need(attn_, n * heads * config_.v_head_dim);
+  ops::head_linear(ops_, {f32(attn_latent_, {n, heads, rank}), w.w_uv,
+                          f32(attn_, {n, heads, config_.v_head_dim})});
 }
 
 void Forward::dense_ffn(const ops::Weight& gate, const ops::Weight& up, const ops::Weight& down,
@@ -277,17 +295,18 @@ void Forward::dense_ffn(const ops::Weight& gate, const ops::Weight& up, const op
   linear(normed_, gate, n, gate_);
   linear(normed_, up, n, up_);
   const std::int64_t width = gate.out_features();
-  const TensorView g = TensorView::of(gate_.data(), {n, width});
-  ops::swiglu(ops_, {g, TensorView::of(up_.data(), {n, width}), g});
+  const TensorView g = f32(gate_, {n, width});
+  ops::swiglu(ops_, {g, f32(up_, {n, width}), g});
   linear(gate_, down, n, out_);
 }
 
 void Forward::moe_ffn(const LayerWeights& w, std::int64_t n) {
   const std::int64_t experts = config_.num_experts, top_k = config_.experts_per_token;
   linear(normed_, w.router, n, router_);
-  if (router_ids_.size() < sz(n * top_k)) router_ids_.resize(sz(n * top_k));
+  need<std::int32_t>(router_ids_, n * top_k);
+  need(router_weights_, n * top_k);
   ops::MoeRouteArgs route;
-  route.logits = TensorView::of(router_.data(), {n, experts});
+  route.logits = f32(router_, {n, experts});
   route.bias = w.router_bias;
   route.kind = static_cast<ops::RouterKind>(config_.routing);
   route.num_groups = static_cast<int>(config_.n_group);
@@ -295,18 +314,17 @@ void Forward::moe_ffn(const LayerWeights& w, std::int64_t n) {
   route.top_k = static_cast<int>(top_k);
   route.normalize = config_.norm_topk_prob;
   route.scaling_factor = static_cast<float>(config_.routed_scaling_factor);
-  route.ids = TensorView::of(router_ids_.data(), {n, top_k});
-  route.weights = TensorView::of(need(router_weights_, n * top_k), {n, top_k});
+  route.ids = TensorView(router_ids_.data(), DType::kI32, {n, top_k});
+  route.weights = f32(router_weights_, {n, top_k});
   ops::moe_route(ops_, route);
   if (config_.num_shared_experts > 0) {
     dense_ffn(w.shared_gate, w.shared_up, w.shared_down, n);
   } else {
-    need(out_, n * config_.hidden_size);
-    std::fill_n(out_.begin(), n * config_.hidden_size, 0.0f);
+    memory_.clear(need(out_, n * config_.hidden_size),
+                  n * config_.hidden_size * static_cast<std::int64_t>(sizeof(float)));
   }
-  ops::moe_ffn(ops_,
-               {TensorView::of(normed_.data(), {n, config_.hidden_size}), route.ids, route.weights,
-                &w.experts, TensorView::of(out_.data(), {n, config_.hidden_size})});
+  ops::moe_ffn(ops_, {f32(normed_, {n, config_.hidden_size}), route.ids, route.weights, &w.experts,
+                      f32(out_, {n, config_.hidden_size})});
 }
 
 void Forward::ffn(const LayerWeights& w, std::int64_t n) {
@@ -317,11 +335,17 @@ void Forward::ffn(const LayerWeights& w, std::int64_t n) {
   }
 }
 
-void Forward::logits(std::span<const float> hidden, std::vector<float>& out) {
-  const std::int64_t rows = static_cast<std::int64_t>(hidden.size()) / config_.hidden_size;
-  out.resize(sz(rows * config_.vocab_size));
-  ops::linear(ops_, {TensorView::of(hidden.data(), {rows, config_.hidden_size}), weights_.lm_head,
-                     TensorView::of(out.data(), {rows, config_.vocab_size})});
+void Forward::logits(const TensorView& hidden, std::vector<float>& out) {
+  const std::int64_t rows = hidden.dim(0), vocab = config_.vocab_size;
+  out.resize(sz(rows * vocab));
+  if (memory_.host_accessible()) {
+    ops::linear(ops_, {hidden, weights_.lm_head, TensorView::of(out.data(), {rows, vocab})});
+    return;
+  }
+  need(logits_, rows * vocab);
+  ops::linear(ops_, {hidden, weights_.lm_head, f32(logits_, {rows, vocab})});
+  memory_.download(out.data(), logits_.data(),
+                   rows * vocab * static_cast<std::int64_t>(sizeof(float)));
 }
 
 }  // namespace snapmla::model

@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <span>
 #include <vector>
 
@@ -19,6 +20,7 @@
 #include "ops/op_set.h"
 #include "snapmla/mla.h"
 #include "snapmla/model_config.h"
+#include "tensor/memory.h"
 
 namespace snapmla::model {
 
@@ -31,55 +33,65 @@ class Forward {
           DecodeNumerics numerics);
 
   // Prompt tokens at positions [begin, begin + tokens.size()) of a sequence whose pages have room
-  // for them. Returns the hidden states after the final norm, [tokens.size(), hidden_size] f32,
-  // valid until the next call.
-  std::span<const float> prefill(const SequencePages& pages, std::int64_t begin,
-                                 std::span<const std::int32_t> tokens);
+  // for them. Returns the hidden states after the final norm, [tokens.size(), hidden_size] f32 in
+  // the backend's memory, valid until the next prefill or decode. Throws kInvalidArgument for a
+  // token outside the vocabulary.
+  TensorView prefill(const SequencePages& pages, std::int64_t begin,
+                     std::span<const std::int32_t> tokens);
 
   // seqlen_q new tokens for each sequence, the last ones of its length(): tokens is [batch,
   // seqlen_q]. Returns [batch * seqlen_q, hidden_size] f32 as above.
-  std::span<const float> decode(std::span<const SequencePages* const> sequences, int seqlen_q,
-                                std::span<const std::int32_t> tokens);
+  TensorView decode(std::span<const SequencePages* const> sequences, int seqlen_q,
+                    std::span<const std::int32_t> tokens);
 
-  // lm_head on rows of hidden states: [rows, hidden_size] -> [rows, vocab_size] f32.
-  void logits(std::span<const float> hidden, std::vector<float>& out);
+  // lm_head on rows of hidden states, as prefill and decode return them: [rows, hidden_size] ->
+  // [rows, vocab_size] f32 on the host.
+  void logits(const TensorView& hidden, std::vector<float>& out);
 
  private:
   struct Step;  // what one call is about: positions, slots, and how attention runs
 
-  std::span<const float> run(const Step& step, std::span<const std::int32_t> tokens);
+  TensorView run(Step& step, std::span<const std::int32_t> tokens);
+  void check_tokens(std::span<const std::int32_t> tokens) const;
+  // The same numbers where the backend can read them: on the host the given ones, else a copy.
+  template <class T>
+  TensorView place(Buffer& buffer, std::span<const T> from,
+                   std::initializer_list<std::int64_t> shape);
+  // The buffer's memory, grown to n elements if need be.
+  template <class T = float>
+  T* need(Buffer& buffer, std::int64_t n);
   void attention(const Step& step, std::int64_t layer);
   void prefill_attention(const Step& step, std::int64_t layer);
   void decode_attention(const Step& step, std::int64_t layer);
   void query(const LayerWeights& w, std::int64_t n);
   void append(const Step& step, const LayerWeights& w, std::int64_t layer);
-  void rotate(float* x, std::int64_t n, std::int64_t heads, std::int64_t row_stride,
-              std::int64_t head_stride, const TensorView& positions);
+  void rotate(const TensorView& x, const TensorView& positions);
   void ffn(const LayerWeights& w, std::int64_t n);
   void dense_ffn(const ops::Weight& gate, const ops::Weight& up, const ops::Weight& down,
                  std::int64_t n);
   void moe_ffn(const LayerWeights& w, std::int64_t n);
-  void rms_norm(const std::vector<float>& x, const TensorView& weight, double eps, std::int64_t n,
-                std::int64_t width, std::vector<float>& out);
-  void linear(const std::vector<float>& x, const ops::Weight& w, std::int64_t n,
-              std::vector<float>& out);
+  void rms_norm(const Buffer& x, const TensorView& weight, double eps, std::int64_t n,
+                std::int64_t width, Buffer& out);
+  void linear(const Buffer& x, const ops::Weight& w, std::int64_t n, Buffer& out);
 
   const ModelConfig& config_;
   const ModelWeights& weights_;
   ops::OpSet& ops_;
+  Memory& memory_;
   PagedCache& cache_;
   ScaleMode scale_mode_;
   DecodeNumerics numerics_;
   std::int64_t max_positions_;
-  std::vector<float> rope_table_;  // [max_positions, rope] cos, sin pairs
+  Buffer rope_table_;  // [max_positions, rope] f32 cos, sin pairs
 
-  // Scratch, [tokens, ...] f32.
-  std::vector<float> x_, normed_, q_, q_low_, kv_, latent_, k_rope_, attn_, proj_, gate_, up_, out_;
-  std::vector<float> keys_latent_, keys_rope_, keys_expanded_, router_, router_weights_;
-  std::vector<float> q_latent_, q_rope_, attn_latent_, q_scale_, rope_scratch_;
-  std::vector<std::uint8_t> q_codes_;
-  std::vector<BFloat16> q_low_precision_, q_rope_low_precision_;
-  std::vector<std::int32_t> router_ids_;
+  // Scratch in the backend's memory, [tokens, ...] f32 unless said otherwise.
+  Buffer x_, normed_, q_, q_low_, kv_, latent_, k_rope_, attn_, proj_, gate_, up_, out_, logits_;
+  Buffer keys_latent_, keys_rope_, keys_expanded_, router_, router_weights_;
+  Buffer q_latent_, q_rope_, attn_latent_, q_scale_;
+  Buffer q_codes_;                                    // e4m3
+  Buffer q_latent16_, q_rope16_, q_rope_codes_;       // bf16
+  Buffer router_ids_;                                 // i32
+  Buffer ids_, positions_, slots_, table_, lengths_;  // a step's integers, off the host
 };
 
 }  // namespace snapmla::model

@@ -3,7 +3,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <map>
 #include <optional>
+#include <set>
 #include <string>
 
 #include "base/check.h"
@@ -291,6 +293,75 @@ ModelWeights load_weights(const Checkpoint& checkpoint, const ModelConfig& confi
   prefetcher.report(checkpoint.total_bytes());
   checkpoint.check_files();
   return model;
+}
+
+namespace {
+
+template <class Fn>
+void for_each_tensor(ops::Weight& w, Fn&& fn) {
+  fn(w.data);
+  fn(w.scale_inv);
+}
+
+template <class Fn>
+void for_each_tensor(LayerWeights& w, Fn&& fn) {
+  for (TensorView* t :
+       {&w.attn_norm, &w.ffn_norm, &w.q_a_norm, &w.kv_a_norm, &w.w_uk, &w.w_uv, &w.router_bias}) {
+    fn(*t);
+  }
+  for (ops::Weight* m : {&w.q_proj, &w.q_a, &w.q_b, &w.kv_a, &w.kv_b, &w.o_proj, &w.gate, &w.up,
+                         &w.down, &w.router, &w.shared_gate, &w.shared_up, &w.shared_down}) {
+    for_each_tensor(*m, fn);
+  }
+  for (ops::ExpertWeights& e : w.experts) {
+    for (ops::Weight* m : {&e.gate, &e.up, &e.down}) for_each_tensor(*m, fn);
+  }
+}
+
+// Absent tensors are null views; they are left out.
+template <class Fn>
+void for_each_tensor(ModelWeights& w, Fn&& fn) {
+  const auto present = [&fn](TensorView& t) {
+    if (t.raw()) fn(t);
+  };
+  present(w.embed);
+  present(w.final_norm);
+  for_each_tensor(w.lm_head, present);
+  for (LayerWeights& layer : w.layers) for_each_tensor(layer, present);
+}
+
+std::int64_t bytes_of(const TensorView& t) {
+  return t.numel() * static_cast<std::int64_t>(size_of(t.dtype()));
+}
+
+}  // namespace
+
+void place_weights(ModelWeights& weights, Memory& memory, const LoadProgress& on_progress) {
+  if (memory.host_accessible()) return;
+  constexpr std::int64_t kAlignment = 256;
+  std::map<const void*, std::int64_t> offsets;  // a tied embedding is one tensor with two views
+  std::int64_t total = 0;
+  for_each_tensor(weights, [&](TensorView& t) {
+    if (!offsets.emplace(t.raw(), total).second) return;
+    total += (bytes_of(t) + kAlignment - 1) / kAlignment * kAlignment;
+  });
+  try {
+    weights.placed = Buffer(memory, total);
+  } catch (const Error& e) {
+    throw Error(e.code(), str("weights: ", e.what()));
+  }
+  auto* base = static_cast<std::uint8_t*>(weights.placed.data());
+  std::set<std::int64_t> done;
+  for_each_tensor(weights, [&](TensorView& t) {
+    const std::int64_t offset = offsets.at(t.raw());
+    if (done.insert(offset).second) {
+      memory.upload(base + offset, t.raw(), bytes_of(t));
+      if (on_progress) on_progress(offset + bytes_of(t), total);
+    }
+    t = t.with_data(base + offset);
+  });
+  weights.made.clear();
+  if (on_progress) on_progress(total, total);
 }
 
 }  // namespace snapmla::model

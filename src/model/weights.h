@@ -11,6 +11,7 @@
 #include "model/safetensors.h"
 #include "ops/op_set.h"
 #include "snapmla/model_config.h"
+#include "tensor/memory.h"
 
 namespace snapmla::model {
 
@@ -36,7 +37,8 @@ struct MtpWeights {
   LayerWeights block;
 };
 
-// Views into the mapped files, and the few tensors that are made at load.
+// Views into the mapped files, and the few tensors that are made at load; after place_weights,
+// views of memory that the backend reads.
 struct ModelWeights {
   TensorView embed;       // [vocab, hidden]
   TensorView final_norm;  // [hidden]
@@ -44,6 +46,7 @@ struct ModelWeights {
   std::vector<LayerWeights> layers;
   std::optional<MtpWeights> mtp;  // when the config has one and the checkpoint holds it
   std::vector<std::unique_ptr<float[]>> made;
+  Buffer placed;
 };
 
 // `checkpoint` must outlive the result. Throws kNotFound for a missing tensor, kInvalidFile for one
@@ -54,5 +57,10 @@ struct ModelWeights {
 using LoadProgress = std::function<void(std::int64_t done, std::int64_t total)>;
 ModelWeights load_weights(const Checkpoint& checkpoint, const ModelConfig& config,
                           const LoadProgress& on_progress = {});
+
+// Copies the weights into `memory`, once, unless the host's memory will do; the mapped files are
+// not needed afterwards. Those of the MTP layer, which does not run, stay. `memory` must outlive
+// the weights. Throws kOutOfMemory, naming the bytes. on_progress receives bytes.
+void place_weights(ModelWeights& weights, Memory& memory, const LoadProgress& on_progress = {});
 
 }  // namespace snapmla::model

@@ -48,6 +48,8 @@ void check_table(const std::int32_t* table, std::int64_t entries, std::int64_t t
   }
 }
 
+bool readable(OpSet& ops) { return ops.memory().host_accessible(); }
+
 }  // namespace
 
 void check_args(const QuantizeQArgs& a) {
@@ -75,7 +77,7 @@ void check_args(const AppendKvArgs& a) {
 
 void append_kv(OpSet& ops, const AppendKvArgs& a) {
   check_args(a);
-  for (std::int64_t i = 0; i < a.latent.dim(0); ++i) {
+  for (std::int64_t i = 0; readable(ops) && i < a.latent.dim(0); ++i) {
     const std::int64_t slot = a.slot_mapping.data<std::int64_t>()[i];
     if (slot < -1 || slot >= a.cache.num_pages * kPageSize) {
       refuse("slot_mapping", str("slot ", slot, " for token ", i),
@@ -99,8 +101,10 @@ void check_args(const FetchDequantArgs& a) {
 
 void fetch_dequant(OpSet& ops, const FetchDequantArgs& a) {
   check_args(a);
-  check_table(a.block_table.data<std::int32_t>(), a.block_table.dim(0), a.token_end,
-              a.cache.num_pages, 0);
+  if (readable(ops)) {
+    check_table(a.block_table.data<std::int32_t>(), a.block_table.dim(0), a.token_end,
+                a.cache.num_pages, 0);
+  }
   if (a.token_end > a.token_begin) ops.fetch_dequant(a);
 }
 
@@ -132,7 +136,7 @@ void check_args(const MlaDecodeArgs& a) {
 void mla_decode(OpSet& ops, const MlaDecodeArgs& a) {
   check_args(a);
   const std::int64_t b = a.q_latent.dim(0);
-  for (std::int64_t i = 0; i < b; ++i) {
+  for (std::int64_t i = 0; readable(ops) && i < b; ++i) {
     const std::int32_t length = a.cache_seqlens.data<std::int32_t>()[i];
     if (length < 0) refuse("cache_seqlens", str(length, " for request ", i), "at least 0");
     check_table(a.block_table.row<std::int32_t>(i), a.block_table.dim(1), length, a.cache.num_pages,

@@ -15,6 +15,7 @@
 #include "snapmla/kv_cache.h"
 #include "snapmla/mla.h"
 #include "snapmla/tensor.h"
+#include "tensor/memory.h"
 
 namespace snapmla::ops {
 
@@ -48,13 +49,15 @@ struct RmsNormArgs {
   TensorView out;  // [num_tokens, width] f32
 };
 
-// Rotates in place. Interleaved: pair (2j, 2j+1). Half: pair (j, j + width/2).
+// Rotates in place. Interleaved: pair (2j, 2j+1). Half: pair (j, j + width/2); to_interleaved then
+// leaves the result of pair j at (2j, 2j+1), as pages hold it.
 struct RopeArgs {
   TensorView x;          // [num_tokens, heads, width] f32
   TensorView positions;  // [num_tokens] i32
   TensorView cos_sin;    // [max_position, width] f32: row p = cos_0, sin_0, cos_1, sin_1, ... (from
                          // fp64 tables)
   bool interleaved = true;
+  bool to_interleaved = false;
 };
 
 // out = silu(gate) * up; out may alias gate.
@@ -115,10 +118,21 @@ struct EmbedArgs {
   TensorView out;    // [num_tokens, D] f32
 };
 
+// out = x, row by row, rounded where out is bf16.
+struct CopyRowsArgs {
+  TensorView x;    // [num_rows, width] f32
+  TensorView out;  // [num_rows, width] f32 or bf16
+};
+
 class OpSet {
  public:
   virtual ~OpSet() = default;
   virtual const char* name() const = 0;
+
+  // Where every tensor of an operation's arguments must lie. Fronts cannot check the contents of
+  // tensors that the host cannot read: who makes indices for such a backend must know them to be
+  // in range.
+  virtual Memory& memory() { return host_memory(); }
 
   virtual void quantize_q(const QuantizeQArgs& args) = 0;
   virtual void append_kv(const AppendKvArgs& args) = 0;
@@ -132,6 +146,7 @@ class OpSet {
   virtual void rms_norm(const RmsNormArgs& args) = 0;
   virtual void rope(const RopeArgs& args) = 0;
   virtual void swiglu(const SwigluArgs& args) = 0;
+  virtual void copy_rows(const CopyRowsArgs& args) = 0;
   virtual void add(const TensorView& x, const TensorView& y) = 0;  // y += x, [n, width] f32
   virtual void moe_route(const MoeRouteArgs& args) = 0;
   virtual void moe_ffn(const MoeFfnArgs& args) = 0;

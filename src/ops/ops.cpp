@@ -16,13 +16,15 @@ void check_weight(const char* name, const Weight& w) {
   }
 }
 
+bool readable(OpSet& ops) { return ops.memory().host_accessible(); }
+
 }  // namespace
 
 void embed(OpSet& ops, const EmbedArgs& a) {
   check_tensor("ids", a.ids, {kAny}, {DType::kI32});
   check_tensor("table", a.table, {kAny, kAny}, kF32OrBf16);
   check_tensor("out", a.out, {a.ids.dim(0), a.table.dim(1)}, kF32Only);
-  for (std::int64_t i = 0; i < a.ids.dim(0); ++i) {
+  for (std::int64_t i = 0; readable(ops) && i < a.ids.dim(0); ++i) {
     const std::int32_t id = a.ids.data<std::int32_t>()[i];
     if (id < 0 || id >= a.table.dim(0)) {
       refuse("ids", str("token id ", id, " at ", i), str("0 to ", a.table.dim(0) - 1));
@@ -60,7 +62,7 @@ void rope(OpSet& ops, const RopeArgs& a) {
   check_tensor("positions", a.positions, {a.x.dim(0)}, {DType::kI32});
   check_tensor("cos_sin", a.cos_sin, {kAny, a.x.dim(2)}, kF32Only);
   require(a.x.dim(2) % 2 == 0, "x width", a.x.dim(2), "an even number");
-  for (std::int64_t i = 0; i < a.positions.dim(0); ++i) {
+  for (std::int64_t i = 0; readable(ops) && i < a.positions.dim(0); ++i) {
     const std::int32_t p = a.positions.data<std::int32_t>()[i];
     if (p < 0 || p >= a.cos_sin.dim(0))
       refuse("positions", str(p), str("0 to ", a.cos_sin.dim(0) - 1));
@@ -73,6 +75,13 @@ void swiglu(OpSet& ops, const SwigluArgs& a) {
   check_tensor("up", a.up, {a.gate.dim(0), a.gate.dim(1)}, kF32Only);
   check_tensor("out", a.out, {a.gate.dim(0), a.gate.dim(1)}, kF32Only);
   if (a.gate.dim(0) > 0) ops.swiglu(a);
+}
+
+void copy_rows(OpSet& ops, const CopyRowsArgs& a) {
+  check_tensor("x", a.x, {kAny, kAny}, kF32Only);
+  check_tensor("out", a.out, {a.x.dim(0), a.x.dim(1)}, kF32OrBf16);
+  check_no_overlap("out", a.out, "x", a.x);
+  if (a.x.dim(0) > 0) ops.copy_rows(a);
 }
 
 void add(OpSet& ops, const TensorView& x, const TensorView& y) {
@@ -103,7 +112,7 @@ void moe_ffn(OpSet& ops, const MoeFfnArgs& a) {
   check_tensor("out", a.out, {a.x.dim(0), a.x.dim(1)}, kF32Only);
   if (a.experts == nullptr || a.experts->empty()) refuse("experts", "none", "at least one");
   const auto count = static_cast<std::int64_t>(a.experts->size());
-  for (std::int64_t t = 0; t < a.x.dim(0); ++t) {
+  for (std::int64_t t = 0; readable(ops) && t < a.x.dim(0); ++t) {
     for (std::int64_t k = 0; k < a.ids.dim(1); ++k) {
       const std::int32_t id = a.ids.row<std::int32_t>(t)[k];
       if (id < 0 || id >= count) refuse("ids", str("expert ", id), str("0 to ", count - 1));

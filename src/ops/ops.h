@@ -25,6 +25,7 @@ void head_linear(OpSet& ops, const HeadLinearArgs& args);
 void rms_norm(OpSet& ops, const RmsNormArgs& args);
 void rope(OpSet& ops, const RopeArgs& args);
 void swiglu(OpSet& ops, const SwigluArgs& args);
+void copy_rows(OpSet& ops, const CopyRowsArgs& args);
 void add(OpSet& ops, const TensorView& x, const TensorView& y);
 void moe_route(OpSet& ops, const MoeRouteArgs& args);
 void moe_ffn(OpSet& ops, const MoeFfnArgs& args);

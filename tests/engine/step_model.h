@@ -21,11 +21,13 @@ class StepModel {
   StepModel(const std::filesystem::path& dir, KvCacheFormat format, const std::string& backend,
             DecodeNumerics numerics = {}, ScaleMode scale_mode = ScaleMode::kAmax)
       : config_(model::load_config(dir)),
+        ops_(engine::make_backend(backend, 2)),
         checkpoint_(model::Checkpoint::open(dir)),
         weights_(model::load_weights(checkpoint_, config_)),
-        ops_(engine::make_backend(backend, 2)),
-        cache_(format, config_.num_hidden_layers, 16),
-        forward_(config_, weights_, *ops_, cache_, 1024, scale_mode, numerics) {}
+        cache_(format, config_.num_hidden_layers, 16, ops_->memory()),
+        forward_(config_, weights_, *ops_, cache_, 1024, scale_mode, numerics) {
+    model::place_weights(weights_, ops_->memory());
+  }
 
   // Logits of every position: the first `prompt` tokens by prefill, the others by decode steps of
   // seqlen_q tokens (the last step may be shorter).
@@ -34,7 +36,7 @@ class StepModel {
     SequencePages pages(cache_);
     std::vector<float> all, part;
     const std::span<const std::int32_t> ids(tokens);
-    const auto take = [&](std::span<const float> hidden) {
+    const auto take = [&](const TensorView& hidden) {
       forward_.logits(hidden, part);
       all.insert(all.end(), part.begin(), part.end());
     };
@@ -52,9 +54,9 @@ class StepModel {
 
  private:
   ModelConfig config_;
+  std::unique_ptr<ops::OpSet> ops_;
   model::Checkpoint checkpoint_;
   model::ModelWeights weights_;
-  std::unique_ptr<ops::OpSet> ops_;
   PagedCache cache_;
   model::Forward forward_;
 };

@@ -148,6 +148,49 @@ TEST(Dense, RmsNormRopeSwigluAndAddAgreeWithRef) {
   }
 }
 
+TEST(Dense, HalfRopeLeavesPairsInterleavedWhenAsked) {
+  const std::int64_t width = 6;
+  const Floats table = random_floats(4 * width, 2);
+  const std::vector<std::int32_t> positions = {3, 1};
+  for (ops::OpSet* ops : {ref::make_ref_backend().release(), cpu::make_cpu_backend(2).release()}) {
+    const std::unique_ptr<ops::OpSet> owned(ops);
+    Floats plain = random_floats(2 * width, 6), pairs = plain;
+    ops::RopeArgs a{TensorView::of(plain.data(), {2, 1, width}),
+                    TensorView::of(positions.data(), {2}), TensorView::of(table.data(), {4, width}),
+                    false};
+    ops::rope(*ops, a);
+    a.x = TensorView::of(pairs.data(), {2, 1, width});
+    a.to_interleaved = true;
+    ops::rope(*ops, a);
+    for (std::size_t row = 0; row < 2; ++row) {
+      for (std::size_t j = 0; j < 3; ++j) {
+        EXPECT_EQ(pairs[row * 6 + 2 * j], plain[row * 6 + j]);
+        EXPECT_EQ(pairs[row * 6 + 2 * j + 1], plain[row * 6 + j + 3]);
+      }
+    }
+  }
+}
+
+TEST(Dense, CopyRowsHonoursStridesAndRounds) {
+  const Floats x = random_floats(3 * 7, 6);
+  const TensorView from = TensorView::of(x.data() + 2, {3, 4}).with_stride(0, 7);
+  for (ops::OpSet* ops : {ref::make_ref_backend().release(), cpu::make_cpu_backend(2).release()}) {
+    const std::unique_ptr<ops::OpSet> owned(ops);
+    Floats f32 = poisoned(3 * 5);
+    std::vector<BFloat16> bf16(3 * 5, BFloat16{0x1234});
+    ops::copy_rows(*ops, {from, TensorView::of(f32.data(), {3, 4}).with_stride(0, 5)});
+    ops::copy_rows(*ops, {from, TensorView::of(bf16.data(), {3, 4}).with_stride(0, 5)});
+    for (std::size_t row = 0; row < 3; ++row) {
+      for (std::size_t d = 0; d < 4; ++d) {
+        EXPECT_EQ(f32[row * 5 + d], x[row * 7 + d + 2]);
+        EXPECT_EQ(bf16[row * 5 + d].bits, numeric::bf16_from_float(x[row * 7 + d + 2]).bits);
+      }
+      EXPECT_TRUE(std::isnan(f32[row * 5 + 4]));
+      EXPECT_EQ(bf16[row * 5 + 4].bits, 0x1234);
+    }
+  }
+}
+
 TEST(Dense, MoeFfnAgreesWithRefAndAccumulates) {
   const std::int64_t tokens = 3, width = 40, inner = 21, top_k = 2;
   std::vector<std::unique_ptr<TestWeight>> memory;

@@ -21,6 +21,7 @@ class CpuBackend final : public ops::OpSet {
   void rms_norm(const ops::RmsNormArgs& args) override { cpu::rms_norm(pool_, args); }
   void rope(const ops::RopeArgs& args) override { cpu::rope(pool_, args); }
   void swiglu(const ops::SwigluArgs& args) override { cpu::swiglu(pool_, args); }
+  void copy_rows(const ops::CopyRowsArgs& args) override { cpu::copy_rows(args); }
   void add(const TensorView& x, const TensorView& y) override { cpu::add(x, y); }
   void moe_route(const ops::MoeRouteArgs& args) override { cpu::moe_route(args); }
   void moe_ffn(const ops::MoeFfnArgs& args) override { cpu::moe_ffn(pool_, args); }

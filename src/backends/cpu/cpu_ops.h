@@ -17,6 +17,7 @@ void head_linear(ThreadPool& pool, const ops::HeadLinearArgs& args);
 void rms_norm(ThreadPool& pool, const ops::RmsNormArgs& args);
 void rope(ThreadPool& pool, const ops::RopeArgs& args);
 void swiglu(ThreadPool& pool, const ops::SwigluArgs& args);
+void copy_rows(const ops::CopyRowsArgs& args);
 void add(const TensorView& x, const TensorView& y);
 void moe_route(const ops::MoeRouteArgs& args);
 void moe_ffn(ThreadPool& pool, const ops::MoeFfnArgs& args);

@@ -3,6 +3,7 @@
 // linear: a thread takes a strip of output features, decodes each weight row to f32 once and
 // multiplies it with every token: a single token is bound by reading the weights, many tokens reuse
 // the decoded row.
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -106,6 +107,13 @@ void rope(ThreadPool& pool, const ops::RopeArgs& a) {
         first = p * c - q * s;
         second = p * s + q * c;
       }
+      if (a.interleaved || !a.to_interleaved) continue;
+      thread_local std::vector<float> halves;
+      halves.assign(x, x + 2 * half);
+      for (std::int64_t j = 0; j < half; ++j) {
+        x[2 * j] = halves[static_cast<std::size_t>(j)];
+        x[2 * j + 1] = halves[static_cast<std::size_t>(j + half)];
+      }
     }
   });
 }
@@ -117,6 +125,17 @@ void swiglu(ThreadPool& pool, const ops::SwigluArgs& a) {
     for (std::int64_t d = 0; d < a.gate.dim(1); ++d)
       out[d] = gate[d] / (1.0f + std::exp(-gate[d])) * up[d];
   });
+}
+
+void copy_rows(const ops::CopyRowsArgs& a) {
+  for (std::int64_t t = 0; t < a.x.dim(0); ++t) {
+    const float* from = a.x.row<float>(t);
+    if (a.out.dtype() == DType::kF32) {
+      std::copy_n(from, a.x.dim(1), a.out.row<float>(t));
+    } else {
+      std::transform(from, from + a.x.dim(1), a.out.row<BFloat16>(t), numeric::bf16_from_float);
+    }
+  }
 }
 
 void add(const TensorView& x, const TensorView& y) {

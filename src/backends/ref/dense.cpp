@@ -1,5 +1,6 @@
 // Embedding, linear layers, norms, rotary embedding, activation.
 #include <cmath>
+#include <vector>
 
 #include "backends/ref/ref_ops.h"
 #include "ops/element.h"
@@ -70,6 +71,12 @@ void rope(const ops::RopeArgs& a) {
         first = static_cast<float>(p * c - q * s);
         second = static_cast<float>(p * s + q * c);
       }
+      if (a.interleaved || !a.to_interleaved) continue;
+      const std::vector<float> halves(x, x + 2 * half);
+      for (std::int64_t j = 0; j < half; ++j) {
+        x[2 * j] = halves[static_cast<std::size_t>(j)];
+        x[2 * j + 1] = halves[static_cast<std::size_t>(j + half)];
+      }
     }
   }
 }
@@ -79,6 +86,14 @@ void swiglu(const ops::SwigluArgs& a) {
     for (std::int64_t d = 0; d < a.gate.dim(1); ++d) {
       const double g = a.gate.row<float>(t)[d];
       a.out.row<float>(t)[d] = static_cast<float>(g / (1.0 + std::exp(-g)) * a.up.row<float>(t)[d]);
+    }
+  }
+}
+
+void copy_rows(const ops::CopyRowsArgs& a) {
+  for (std::int64_t t = 0; t < a.x.dim(0); ++t) {
+    for (std::int64_t d = 0; d < a.x.dim(1); ++d) {
+      ops::store(a.out.raw(), a.out.dtype(), t * a.out.stride(0) + d, a.x.row<float>(t)[d]);
     }
   }
 }

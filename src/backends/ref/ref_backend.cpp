@@ -19,6 +19,7 @@ class RefBackend final : public ops::OpSet {
   void rms_norm(const ops::RmsNormArgs& args) override { ref::rms_norm(args); }
   void rope(const ops::RopeArgs& args) override { ref::rope(args); }
   void swiglu(const ops::SwigluArgs& args) override { ref::swiglu(args); }
+  void copy_rows(const ops::CopyRowsArgs& args) override { ref::copy_rows(args); }
   void add(const TensorView& x, const TensorView& y) override { ref::add(x, y); }
   void moe_route(const ops::MoeRouteArgs& args) override { ref::moe_route(args); }
   void moe_ffn(const ops::MoeFfnArgs& args) override { ref::moe_ffn(args); }

@@ -17,6 +17,7 @@ void head_linear(const ops::HeadLinearArgs& args);
 void rms_norm(const ops::RmsNormArgs& args);
 void rope(const ops::RopeArgs& args);
 void swiglu(const ops::SwigluArgs& args);
+void copy_rows(const ops::CopyRowsArgs& args);
 void add(const TensorView& x, const TensorView& y);
 void moe_route(const ops::MoeRouteArgs& args);
 void moe_ffn(const ops::MoeFfnArgs& args);
