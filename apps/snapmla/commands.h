@@ -2,11 +2,18 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <cstdint>
+#include <functional>
+#include <optional>
 #include <string>
+#include <vector>
 
 #include "snapmla/snapmla.h"
 
 namespace snapmla::app {
+
+// Exit status after Ctrl-C, as shells have it: 128 + SIGINT.
+inline constexpr int kInterrupted = 130;
 
 // Flags that several commands share.
 struct ModelFlags {
@@ -17,13 +24,51 @@ struct ModelFlags {
   int threads = 0;
 };
 
-void add_model_flags(CLI::App& app, ModelFlags& flags, bool with_cache);
+void add_model_flags(CLI::App& app, ModelFlags& flags);
 EngineOptions engine_options(const ModelFlags& flags);
 KvCacheFormat parse_format(const std::string& name);
 
-// Directory of the shipped model: SNAPMLA_MODEL_DIR, the source tree, or the installation. Throws
-// kNotFound.
+// What the user said about sampling; what is empty comes from the checkpoint.
+struct SamplingFlags {
+  std::optional<float> temperature, top_p, min_p;
+  std::optional<int> top_k;
+  std::optional<std::uint64_t> seed;
+  std::optional<std::int64_t> max_tokens;
+  std::vector<std::string> stop;
+  bool ignore_eos = false;
+};
+
+void add_sampling_flags(CLI::App& app, SamplingFlags& flags);
+// The checkpoint's defaults with the flags over them.
+SamplingParams sampling_params(const SamplingFlags& flags, const Engine& engine,
+                               std::int64_t default_max_tokens);
+
+struct RunFlags {
+  ModelFlags model;
+  SamplingFlags sampling;
+  std::optional<std::string> prompt;
+  std::string file;
+  std::string system;
+  bool chat = false, compare = false;
+};
+
+// -p, -f or standard input. Throws kInvalidArgument when there is none of them.
+std::string read_prompt(const RunFlags& flags);
+
+// Directory of the shipped model: SNAPMLA_MODEL_DIR, beside the installed program, or the source
+// tree. Throws kNotFound.
 std::string default_model();
+
+// Validators for CLI11 that answer with what was got and what is accepted.
+CLI::Validator one_of(const std::vector<std::string>& names);
+CLI::Validator number_in(std::function<bool(double)> accepts, const std::string& accepted);
+CLI::Validator integer_in(std::int64_t lowest, std::int64_t highest = 2147483647);
+
+double rate(std::size_t tokens, double seconds);  // per second
+void print_summary(const RequestOutput& out, const Engine& engine);
+
+int run_chat(const RunFlags& flags);
+int run_compare(const RunFlags& flags, const std::string& prompt);
 
 void register_run(CLI::App& app, int& status);
 void register_logits(CLI::App& app, int& status);

@@ -1,4 +1,5 @@
 // snapmla inspect: what a checkpoint is, and what its cache costs.
+#include <cmath>
 #include <cstdio>
 #include <memory>
 
@@ -13,11 +14,15 @@ void row(const char* name, const std::string& value) {
   std::printf("%-22s %s\n", name, value.c_str());
 }
 
-int inspect(const std::string& dir, double memory_gib) {
-  const ModelConfig c = model::load_config(dir);
-  const model::Checkpoint checkpoint = model::Checkpoint::open(dir);
-  const auto number = [](std::int64_t n) { return std::to_string(n); };
-  row("checkpoint", dir);
+std::string number(std::int64_t n) { return std::to_string(n); }
+
+std::string gib(double bytes) {
+  char text[40];
+  std::snprintf(text, sizeof text, "%.3g GiB", bytes / 1073741824.0);
+  return text;
+}
+
+void print_model(const ModelConfig& c) {
   row("architecture", c.architecture + " (" + c.model_type + ")");
   row("layers",
       number(c.num_hidden_layers) +
@@ -32,18 +37,43 @@ int inspect(const std::string& dir, double memory_gib) {
                                : "none (dense)");
   row("vocabulary", number(c.vocab_size) + (c.tie_word_embeddings ? ", tied" : ""));
   row("context", number(c.max_position_embeddings) + (c.yarn ? " (YaRN)" : ""));
+}
+
+// Sizes and prices of the two formats; tokens in whole pages, cache memory only.
+void print_cache(const ModelConfig& c, const std::vector<double>& memory_gib) {
+  const auto page_bytes = [&](KvCacheFormat format) {
+    return page_layout(format).page_bytes * c.num_hidden_layers;
+  };
+  const std::int64_t bf16 = page_bytes(KvCacheFormat::kBf16), fp8 = page_bytes(KvCacheFormat::kFp8);
+  std::printf("\n%-22s %16s %16s\n", "cache, all layers", "BF16", "FP8");
+  const auto line = [](const std::string& name, const std::string& a, const std::string& b) {
+    std::printf("%-22s %16s %16s\n", name.c_str(), a.c_str(), b.c_str());
+  };
+  line("bytes per token", number(bf16 / kPageSize), number(fp8 / kPageSize));
+  line("bytes per page of 64", number(bf16), number(fp8));
+  const double context = std::ceil(static_cast<double>(c.max_position_embeddings) / kPageSize);
+  line("one full context", gib(context * static_cast<double>(bf16)),
+       gib(context * static_cast<double>(fp8)));
+  for (const double memory : memory_gib) {
+    const auto tokens = [&](std::int64_t page) {
+      return number(static_cast<std::int64_t>(memory * 1073741824.0 / static_cast<double>(page)) *
+                    kPageSize);
+    };
+    char name[40];
+    std::snprintf(name, sizeof name, "tokens in %g GiB", memory);
+    line(name, tokens(bf16), tokens(fp8));
+  }
+}
+
+int inspect(const std::string& dir, const std::vector<double>& memory_gib) {
+  const ModelConfig c = model::load_config(dir);
+  const model::Checkpoint checkpoint = model::Checkpoint::open(dir);
+  row("checkpoint", dir);
+  print_model(c);
   row("weights", number(checkpoint.total_bytes()) + " bytes in " +
                      number(static_cast<std::int64_t>(checkpoint.tensors().size())) + " tensors" +
                      (c.fp8_weights ? ", FP8 128x128 blocks" : ""));
-  std::printf("\n%-8s %14s %14s %18s\n", "cache", "bytes/token", "bytes/page",
-              ("tokens in " + std::to_string(static_cast<int>(memory_gib)) + " GiB").c_str());
-  for (KvCacheFormat format : {KvCacheFormat::kBf16, KvCacheFormat::kFp8}) {
-    const std::int64_t page = page_layout(format).page_bytes * c.num_hidden_layers;
-    std::printf(
-        "%-8s %14lld %14lld %18lld\n", to_string(format), static_cast<long long>(page / kPageSize),
-        static_cast<long long>(page),
-        static_cast<long long>(memory_gib * 1073741824.0 / static_cast<double>(page)) * kPageSize);
-  }
+  print_cache(c, memory_gib);
   return 0;
 }
 
@@ -52,16 +82,25 @@ int inspect(const std::string& dir, double memory_gib) {
 void register_inspect(CLI::App& app, int& status) {
   struct Flags {
     std::string model;
-    double memory = 16;
+    std::vector<double> memory = {1, 8, 24, 80, 141};
   };
   auto flags = std::make_shared<Flags>();
   CLI::App* command =
       app.add_subcommand("inspect", "Print what a checkpoint is and what its cache costs");
-  command->add_option("-m,--model,model", flags->model,
-                      "Checkpoint directory; default: the shipped model");
-  command->add_option("--memory", flags->memory, "GiB of cache memory to fill")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
+  command
+      ->add_option("-m,--model,model", flags->model,
+                   "Checkpoint directory (default: the shipped model)")
+      ->type_name("DIR");
+  command
+      ->add_option("--memory", flags->memory,
+                   "Sizes of cache memory to fill, separated by commas\n(default: 1,8,24,80,141)")
+      ->delimiter(',')
+      ->allow_extra_args(false)
+      ->type_name("GIB")
+      ->check(number_in([](double x) { return x > 0 && x <= 1e9; }, "a number of GiB > 0"));
+  command->footer(
+      "Example:\n  snapmla inspect models/snapmla-20m --memory 0.5,16\n"
+      "Reads the headers of the weight files, not the weights.");
   command->callback([flags, &status] {
     status = inspect(flags->model.empty() ? default_model() : flags->model, flags->memory);
   });

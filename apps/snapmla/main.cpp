@@ -1,15 +1,65 @@
 // snapmla: the command line. Errors are one line on stderr; exit 1 for errors, 2 for wrong usage.
+#include <algorithm>
 #include <exception>
 #include <iostream>
+#include <memory>
+#include <string>
+#include <vector>
 
 #include "commands.h"
 
+namespace {
+
+constexpr const char* kAbout =
+    "snapmla: FP8 decoding for Multi-head Latent Attention (DeepSeek-V2/V3, Kimi-K2).\n"
+    "Without a command it writes a short text with the shipped model, from an FP8 and from a BF16\n"
+    "cache, side by side.";
+
+constexpr const char* kExamples =
+    "Examples:\n"
+    "  snapmla run -p \"def add(a, b):\" -n 40\n"
+    "  snapmla run --chat\n"
+    "  snapmla run -p \"class Stack:\" --compare\n"
+    "  snapmla inspect DIR\n"
+    "'snapmla COMMAND --help' describes a command. Exit status: 0 success, 1 error, 2 wrong "
+    "usage,\n"
+    "130 stopped with Ctrl-C.";
+
+// Option names and what they take, without CLI11's lists of what excludes what.
+class Formatter : public CLI::Formatter {
+ public:
+  std::string make_option_opts(const CLI::Option* option) const override {
+    if (option->get_type_size() == 0) return "";
+    return " " + option->get_type_name() + (option->get_required() ? " (required)" : "");
+  }
+};
+
+// One line for the mistake, one for where to read on.
+int usage_error(const CLI::App& app, const CLI::ParseError& e) {
+  std::string message = e.what();
+  const auto chosen = app.get_subcommands();
+  const std::vector<std::string> unknown = app.remaining(true);
+  if (!unknown.empty()) {
+    const auto flag = std::find_if(unknown.begin(), unknown.end(),
+                                   [](const std::string& x) { return x.starts_with("-"); });
+    message = "got '" + (flag != unknown.end() ? *flag : unknown.front()) + "', accepted are " +
+              (chosen.empty() ? "the commands" : "the options") + " that --help lists";
+  }
+  std::cerr << "snapmla: error: " << message << "\nTry 'snapmla "
+            << (chosen.empty() ? "" : chosen.front()->get_name() + " ") << "--help'.\n";
+  return 2;
+}
+
+}  // namespace
+
 int main(int argc, char** argv) {
-  CLI::App app(
-      "snapmla: FP8 decoding for Multi-head Latent Attention (DeepSeek-V2/V3, Kimi-K2).\n"
-      "Without a command it writes a short text with the shipped model, from an FP8 and a BF16 "
-      "cache.");
-  app.set_version_flag("--version", std::string("snapmla ") + SNAPMLA_VERSION);
+  CLI::App app(kAbout, "snapmla");
+  app.formatter(std::make_shared<Formatter>());
+  app.footer(kExamples);
+  app.get_formatter()->column_width(36);
+  app.set_version_flag("--version", std::string("snapmla ") + SNAPMLA_VERSION,
+                       "Print the version and exit");
+  app.set_help_flag("-h,--help", "Print this help and exit");
   app.require_subcommand(0, 1);
   int status = 0;
   snapmla::app::register_run(app, status);
@@ -20,7 +70,8 @@ int main(int argc, char** argv) {
     if (app.get_subcommands().empty()) status = snapmla::app::run_demo();
     return status;
   } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 2;
+    if (e.get_exit_code() == 0) return app.exit(e);  // --help, --version
+    return usage_error(app, e);
   } catch (const snapmla::Error& e) {
     std::cerr << "snapmla: error: " << e.what() << '\n';
   } catch (const std::bad_alloc&) {

@@ -77,6 +77,10 @@ class Engine {
   std::vector<std::int32_t> encode(std::string_view text) const;
   std::string decode(std::span<const std::int32_t> tokens) const;
 
+  // What the checkpoint's author recommends (generation_config.json: temperature, top_p, top_k,
+  // min_p; greedy where do_sample is false or nothing is said); the other fields are the defaults.
+  SamplingParams default_sampling() const;
+
   // Runs one request to its end. on_text receives the new text as it becomes valid UTF-8. It is
   // called after every chunk of the prompt and every token, with an empty text where there is
   // nothing new to show, so that returning false cancels at any time. Throws kInvalidArgument when

@@ -42,6 +42,16 @@ model::ModelWeights load(const model::Checkpoint& checkpoint, const ModelConfig&
   return weights;
 }
 
+SamplingParams recommended(const model::GenerationConfig& config) {
+  SamplingParams params;
+  if (!config.do_sample.value_or(config.temperature.has_value())) return params;
+  params.temperature = static_cast<float>(config.temperature.value_or(1.0));
+  params.top_p = static_cast<float>(config.top_p.value_or(1.0));
+  params.min_p = static_cast<float>(config.min_p.value_or(0.0));
+  params.top_k = static_cast<int>(config.top_k.value_or(0));
+  return params;
+}
+
 std::int64_t pages_for(std::int64_t tokens) { return (tokens + kPageSize - 1) / kPageSize; }
 
 }  // namespace
@@ -66,6 +76,7 @@ struct Engine::Impl {
   model::ModelWeights weights;
   std::unique_ptr<Tokenizer> tokenizer;  // null when the directory has no tokenizer.json
   std::set<std::int32_t> end_tokens;
+  SamplingParams sampling;  // the checkpoint's defaults
   std::int64_t max_len = 0;
   std::unique_ptr<PagedCache> cache;
   std::unique_ptr<model::Forward> forward;
@@ -96,6 +107,7 @@ Engine::Impl::Impl(EngineOptions given)
   const auto& ends =
       generation.eos_token_ids.empty() ? config.eos_token_ids : generation.eos_token_ids;
   for (std::int64_t id : ends) end_tokens.insert(static_cast<std::int32_t>(id));
+  sampling = recommended(generation);
   max_len = options.max_model_len > 0 ? options.max_model_len : config.max_position_embeddings;
   if (options.prefill_chunk < 1) {
     throw Error(
@@ -167,6 +179,7 @@ Engine::Engine(Engine&&) noexcept = default;
 
 const ModelConfig& Engine::config() const { return impl_->config; }
 const EngineOptions& Engine::options() const { return impl_->options; }
+SamplingParams Engine::default_sampling() const { return impl_->sampling; }
 std::string Engine::backend_name() const { return impl_->ops->name(); }
 
 const Tokenizer& Engine::tokenizer() const {

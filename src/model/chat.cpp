@@ -158,14 +158,17 @@ ChatFormat load_chat_format(const std::filesystem::path& model_dir) {
   return format;
 }
 
+void require_known(const ChatFormat& format) {
+  if (format.style != ChatStyle::kUnknown) return;
+  throw Error(ErrorCode::kUnsupported,
+              "chat: the checkpoint's chat template is absent or unknown, known are those of "
+              "DeepSeek-V2, V3, R1, V3.1 and the shipped model; plain completion still works");
+}
+
 std::vector<std::int32_t> apply_chat_template(const Tokenizer& tokenizer, const ChatFormat& format,
                                               std::span<const ChatMessage> messages,
                                               bool add_generation_prompt) {
-  if (format.style == ChatStyle::kUnknown) {
-    throw Error(ErrorCode::kUnsupported,
-                "chat: the checkpoint's chat template is absent or unknown, known are those of "
-                "DeepSeek-V2, V3, R1, V3.1 and the shipped model; plain completion still works");
-  }
+  require_known(format);
   check_roles(messages);
   PromptBuilder out(tokenizer);
   out.control(format.bos_token);

@@ -29,6 +29,9 @@ struct ChatMessage {
 // kInvalidFile naming file and field.
 ChatFormat load_chat_format(const std::filesystem::path& model_dir);
 
+// Throws kUnsupported when the format is kUnknown.
+void require_known(const ChatFormat& format);
+
 // The prompt with exactly one BOS. Contents are tokenised with added-token matching off, so that a
 // user cannot write a control token. V3.1 is prompted in its non-thinking mode. Throws kUnsupported
 // when the format is unknown, kInvalidArgument for another role, kInvalidFile when the tokenizer

@@ -1,5 +1,7 @@
 #include "model/generation_config.h"
 
+#include <algorithm>
+
 #include "model/json.h"
 
 namespace snapmla::model {
@@ -18,7 +20,19 @@ GenerationConfig load_generation_config(const std::filesystem::path& model_dir) 
     }
   }
   if (json.has("temperature")) config.temperature = json.number("temperature", 0.0, 100.0);
-  if (json.has("top_p")) config.top_p = json.number("top_p", 0.0, 1.0);
+  if (json.has("do_sample")) config.do_sample = json.boolean_or("do_sample", false);
+  if (json.has("top_p")) {
+    config.top_p = json.number("top_p", 0.0, 1.0);
+    if (*config.top_p == 0) json.refuse("top_p", "a number with 0 < top_p <= 1");
+  }
+  if (json.has("min_p")) {
+    config.min_p = json.number("min_p", 0.0, 1.0);
+    if (*config.min_p == 1) json.refuse("min_p", "a number with 0 <= min_p < 1");
+  }
+  // Hugging Face writes -1 as well as 0 for "off".
+  if (json.has("top_k")) {
+    config.top_k = std::max<std::int64_t>(0, json.integer("top_k", -1, 2147483647));
+  }
   return config;
 }
 

@@ -10,7 +10,9 @@ namespace snapmla::model {
 
 struct GenerationConfig {
   std::vector<std::int64_t> eos_token_ids;  // wins over config.json
-  std::optional<double> temperature, top_p;
+  std::optional<bool> do_sample;
+  std::optional<double> temperature, top_p, min_p;
+  std::optional<std::int64_t> top_k;  // 0 = off
 };
 
 // A missing file gives an empty result. Throws kInvalidFile naming the field.
