@@ -133,7 +133,7 @@ ModelConfig parse_config(std::string_view text, const std::string& file) {
   c.num_attention_heads = json.integer("num_attention_heads", 1, 128);
   c.vocab_size = json.integer("vocab_size", 1, 1 << 24);
   c.intermediate_size = json.integer("intermediate_size", 1, 1 << 22);
-  c.max_position_embeddings = json.integer_or("max_position_embeddings", 1, 1 << 28, 4096);
+  c.max_position_embeddings = json.integer_or("max_position_embeddings", 1, 1 << 22, 4096);
   if (json.has("q_lora_rank")) c.q_lora_rank = json.integer("q_lora_rank", 1, 1 << 20);
   c.kv_lora_rank = json.integer_or("kv_lora_rank", 512, 512, 512);
   c.qk_rope_head_dim = json.integer_or("qk_rope_head_dim", 64, 64, 64);

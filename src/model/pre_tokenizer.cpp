@@ -55,6 +55,7 @@ void add_step(const JsonObject& step, const std::string& file, std::vector<Split
 }  // namespace
 
 struct SplitStep::Impl {
+  std::string file;  // for error messages
   pcre2_code* code = nullptr;
   pcre2_match_context* context = nullptr;
   ~Impl() {
@@ -65,6 +66,7 @@ struct SplitStep::Impl {
 
 SplitStep::SplitStep(const std::string& pattern, const std::string& file)
     : impl_(std::make_unique<Impl>()) {
+  impl_->file = file;
   if (pattern.empty() || pattern.size() > kMaxPattern) {
     throw Error(ErrorCode::kInvalidFile, str(file, ": pre_tokenizer pattern: got ", pattern.size(),
                                              " bytes, accepted are 1 to ", kMaxPattern));
@@ -99,9 +101,11 @@ void SplitStep::split(std::string_view text, std::vector<std::string_view>& piec
                     at ? PCRE2_NO_UTF_CHECK : 0, match.get(), impl_->context);
     if (found == PCRE2_ERROR_NOMATCH) break;
     if (found < 0) {
-      throw Error(
-          ErrorCode::kInvalidArgument,
-          str("text: the tokenizer's splitting pattern failed on it (PCRE2 error ", found, ")"));
+      PCRE2_UCHAR message[256];
+      pcre2_get_error_message(found, message, sizeof message);
+      throw Error(ErrorCode::kInvalidArgument,
+                  str(impl_->file, ": pre_tokenizer pattern: failed on this text of ", text.size(),
+                      " bytes: ", reinterpret_cast<const char*>(message)));
     }
     const PCRE2_SIZE* span = pcre2_get_ovector_pointer(match.get());
     if (span[1] <= span[0]) {  // an empty match splits nothing; step over one character
