@@ -70,7 +70,8 @@ bool read_message(std::string& message) {
   message.clear();
   std::string line;
   std::cout << "> " << std::flush;
-  while (std::getline(std::cin, line)) {
+  // A terminal hands over whole lines, so nothing waits in a buffer that poll cannot see.
+  while (Interrupt::wait_for_input() && std::getline(std::cin, line)) {
     if (line.empty() || line.back() != '\\') {
       message += line;
       return true;

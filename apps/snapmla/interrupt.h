@@ -6,10 +6,11 @@ namespace snapmla::app {
 class Interrupt {
  public:
   // From now on the first Ctrl-C is remembered and a second one, before clear(), ends the process.
-  // A read that waits for input returns at once.
   static void install();
   static bool requested();
   static void clear();
+  // Waits until standard input has something to read. False when Ctrl-C came, also before the call.
+  static bool wait_for_input();
 };
 
 }  // namespace snapmla::app

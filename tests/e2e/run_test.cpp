@@ -138,7 +138,7 @@ TEST(Compare, ShowsWhereTheTextsPart) {
       snapmla({"run", "--compare", "-p", "class Stack:", "--temp", "1.2", "-s", "1", "-n", "40"});
   EXPECT_EQ(r.status, 0);
   EXPECT_THAT(r.out, ContainsRegex("tokens     part at generated token [0-9]+ of [0-9]+\n"
-                                   " +after \"[^\n]*\"\n"
+                                   " +after \"[^\n]+\"\n"
                                    " +BF16  \"[^\n]*\" \\(id [0-9]+\\), then \"[^\n]*\"\n"
                                    " +FP8   \"[^\n]*\" \\(id [0-9]+\\), then \"[^\n]*\"\n"
                                    " +logits of ids [0-9]+, [0-9]+: BF16 "));
