@@ -1,0 +1,290 @@
+#include "reference.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+
+#include <algorithm>
+#include <cmath>
+#include <set>
+#include <tuple>
+
+#include "device.h"
+#include "fill.h"
+
+namespace snapmla::gpu {
+namespace {
+
+constexpr int kPage = 64, kLatent = 512, kRope = 64;
+constexpr int kRowsAtOnce = 128;
+constexpr int kThreads = 256;
+
+__device__ double e4m3_value(std::uint8_t code) {
+  const __half_raw h = __nv_cvt_fp8_to_halfraw(code, __NV_E4M3);
+  return static_cast<double>(__half2float(__half(h)));
+}
+__device__ double bf16_value(std::uint16_t bits) {
+  return static_cast<double>(__uint_as_float(static_cast<unsigned>(bits) << 16));
+}
+__device__ double value_at(const std::uint8_t* p, DType type) {
+  return type == DType::kE4M3 ? e4m3_value(*p)
+                              : bf16_value(*reinterpret_cast<const std::uint16_t*>(p));
+}
+__device__ int width(DType type) { return type == DType::kE4M3 ? 1 : 2; }
+
+// Round to nearest even e4m3, values 0..448. The conversion starts from float, whose rounding of
+// the double is 2^-24: harmless unless it lands on a tie, which random data does not do.
+__device__ double round_e4m3(double x) {
+  return e4m3_value(__nv_cvt_float_to_fp8(static_cast<float>(x), __NV_SATFINITE, __NV_E4M3));
+}
+
+__device__ const std::uint8_t* element(const std::uint8_t* plane, bool swizzled,
+                                       std::int64_t row_bytes, int token, int byte) {
+  if (!swizzled) return plane + token * row_bytes + byte;
+  const int column = byte / 128, within = byte % 128;
+  return plane + column * (kPage * 128) + token * 128 + ((within / 16) ^ (token % 8)) * 16 +
+         within % 16;
+}
+
+struct Rows {
+  const std::int64_t* q_row;  // [rows] flat (batch, token, head) number
+  const std::int64_t* keys;   // [rows] how many tokens the row sees
+  int count;
+};
+
+struct Request {
+  ReferenceCache cache;
+  const std::int32_t* table;  // this request's
+  const std::uint8_t *q_latent, *q_rope;
+  DType q_element, q_rope_element;
+  std::int64_t q_latent_row, q_rope_row;
+  const float* q_scale;
+  double scale_log2;
+};
+
+__device__ double token_scale(const Request& p, std::int64_t j) {
+  if (p.cache.scale == nullptr) return 1.0;
+  const std::uint8_t* plane = p.cache.scale + p.table[j / kPage] * p.cache.scale_page;
+  return static_cast<double>(reinterpret_cast<const float*>(plane)[j % kPage]);
+}
+
+// x [rows, keys] in base 2. One warp per token and row.
+__global__ void score_kernel(Request p, Rows rows, std::int64_t keys, double* x) {
+  const int lane = threadIdx.x % 32;
+  const std::int64_t j = static_cast<std::int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  const int r = static_cast<int>(blockIdx.y);
+  if (j >= rows.keys[r]) return;
+  const std::int64_t page = p.table[j / kPage];
+  const int token = static_cast<int>(j % kPage);
+  const std::uint8_t* latent = p.cache.latent + page * p.cache.latent_page;
+  const std::uint8_t* rope = p.cache.rope + page * p.cache.rope_page;
+  const int kw = width(p.cache.element), krw = width(p.cache.rope_element);
+  const int qw = width(p.q_element), qrw = width(p.q_rope_element);
+  const std::uint8_t* q = p.q_latent + rows.q_row[r] * p.q_latent_row * qw;
+  const std::uint8_t* qr = p.q_rope + rows.q_row[r] * p.q_rope_row * qrw;
+  double sum = 0;
+  for (int d = lane; d < kLatent; d += 32) {
+    sum += value_at(q + d * qw, p.q_element) *
+           value_at(element(latent, p.cache.swizzled, p.cache.latent_row, token, d * kw),
+                    p.cache.element);
+  }
+  for (int d = lane; d < kRope; d += 32) {
+    sum += value_at(qr + d * qrw, p.q_rope_element) *
+           value_at(element(rope, p.cache.swizzled, p.cache.rope_row, token, d * krw),
+                    p.cache.rope_element);
+  }
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  if (lane != 0) return;
+  const double q_scale = p.q_scale == nullptr ? 1.0 : static_cast<double>(p.q_scale[rows.q_row[r]]);
+  x[r * keys + j] = sum * q_scale * token_scale(p, j) * p.scale_log2;
+}
+
+template <class F>
+__device__ double block_reduce(double value, F&& combine) {
+  __shared__ double shared[kThreads];
+  __syncthreads();
+  shared[threadIdx.x] = value;
+  __syncthreads();
+  for (int n = kThreads / 2; n > 0; n /= 2) {
+    if (threadIdx.x < n)
+      shared[threadIdx.x] = combine(shared[threadIdx.x], shared[threadIdx.x + n]);
+    __syncthreads();
+  }
+  return shared[0];
+}
+
+__device__ double larger(double a, double b) { return a != a ? a : (b != b ? b : fmax(a, b)); }
+
+// x -> weights (already divided by l) in place, and lse. One block of threads per row.
+__global__ void weight_kernel(Request p, Rows rows, std::int64_t keys, PEmulation emulation,
+                              double* x, double* lse) {
+  const int r = static_cast<int>(blockIdx.x);
+  double* row = x + r * keys;
+  const std::int64_t n = rows.keys[r];
+  const double infinity = __longlong_as_double(0x7ff0000000000000ll);
+  double top = -infinity;
+  for (std::int64_t j = threadIdx.x; j < n; j += kThreads) top = larger(top, row[j]);
+  top = block_reduce(top, larger);
+  if (n == 0) {
+    if (threadIdx.x == 0) lse[r] = -infinity;
+    return;
+  }
+  const auto add = [](double a, double b) { return a + b; };
+  double sum = 0;
+  if (emulation == PEmulation::kExact) {
+    for (std::int64_t j = threadIdx.x; j < n; j += kThreads) sum += row[j] = exp2(row[j] - top);
+  } else {
+    // One thread per block of tokens; the running maximum of kUnscaled is found by looking back.
+    const int block = emulation == PEmulation::kBlock128 ? 128 : 64;
+    const std::int64_t blocks = (n + block - 1) / block;
+    if (emulation == PEmulation::kUnscaled) {
+      __shared__ double running;
+      if (threadIdx.x == 0) running = -infinity;
+      for (std::int64_t k = 0; k < blocks; ++k) {
+        __syncthreads();
+        const std::int64_t j = k * block + threadIdx.x;
+        const bool mine = threadIdx.x < block && j < n;
+        const double m = block_reduce(mine ? row[j] : -infinity, larger);
+        const double reference = larger(running, m);
+        __syncthreads();
+        if (threadIdx.x == 0) running = reference;
+        if (mine) {
+          sum += exp2(row[j] - top);
+          row[j] = exp2(reference - top) * round_e4m3(exp2(row[j] - reference));
+        }
+      }
+    } else {
+      for (std::int64_t k = threadIdx.x; k < blocks; k += kThreads) {
+        const std::int64_t begin = k * block, end = min(begin + block, n);
+        double m = -infinity;
+        for (std::int64_t j = begin; j < end; ++j) {
+          m = larger(m, row[j] + log2(token_scale(p, j)));
+        }
+        for (std::int64_t j = begin; j < end; ++j) {
+          const double s = token_scale(p, j);
+          const double code = round_e4m3(448.0 * exp2(row[j] + log2(s) - m));
+          sum += row[j] = exp2(m - top) / 448.0 * code / s;
+        }
+      }
+    }
+  }
+  sum = block_reduce(sum, add);
+  for (std::int64_t j = threadIdx.x; j < n; j += kThreads) row[j] /= sum;
+  if (threadIdx.x == 0) lse[r] = (top + log2(sum)) * 0.69314718055994530942;
+}
+
+// out [rows, 512] += weights [rows, keys] x values. A block of threads takes `span` tokens of a
+// row.
+__global__ void output_kernel(Request p, Rows rows, std::int64_t keys, int span, const double* w,
+                              double* out) {
+  const int r = static_cast<int>(blockIdx.y);
+  const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * span;
+  const std::int64_t end = min(begin + span, rows.keys[r]);
+  if (begin >= end) return;
+  const int kw = width(p.cache.element);
+  double sum[kLatent / kThreads] = {};
+  for (std::int64_t j = begin; j < end; ++j) {
+    const std::uint8_t* latent = p.cache.latent + p.table[j / kPage] * p.cache.latent_page;
+    const double weight = w[r * keys + j] * token_scale(p, j);
+    for (int i = 0; i < kLatent / kThreads; ++i) {
+      const int d = i * kThreads + static_cast<int>(threadIdx.x);
+      sum[i] += weight * value_at(element(latent, p.cache.swizzled, p.cache.latent_row,
+                                          static_cast<int>(j % kPage), d * kw),
+                                  p.cache.element);
+    }
+  }
+  for (int i = 0; i < kLatent / kThreads; ++i) {
+    atomicAdd(out + static_cast<std::int64_t>(r) * kLatent + i * kThreads + threadIdx.x, sum[i]);
+  }
+}
+
+}  // namespace
+
+ReferenceResult reference_attention(const ReferenceProblem& problem,
+                                    const std::vector<ReferenceRow>& rows, cudaStream_t stream,
+                                    PEmulation emulation) {
+  ReferenceResult result;
+  result.out.assign(rows.size() * kLatent, 0.0);
+  result.lse.assign(rows.size(), 0.0);
+  std::int64_t longest = 1;
+  for (const std::int32_t n : problem.cache_seqlens) longest = std::max<std::int64_t>(longest, n);
+  DeviceBuffer<double> x(kRowsAtOnce * longest), out(kRowsAtOnce * kLatent), lse(kRowsAtOnce);
+  DeviceBuffer<std::int64_t> q_row(kRowsAtOnce), keys(kRowsAtOnce);
+
+  for (std::size_t begin = 0; begin < rows.size();) {
+    std::size_t end = begin;
+    std::vector<std::int64_t> numbers, seen;
+    const std::int32_t b = rows[begin].batch;
+    const std::int64_t length = problem.cache_seqlens.at(static_cast<std::size_t>(b));
+    for (; end < rows.size() && rows[end].batch == b && end - begin < kRowsAtOnce; ++end) {
+      const ReferenceRow& row = rows[end];
+      numbers.push_back((b * problem.seqlen_q + row.token) * problem.heads_q + row.head);
+      seen.push_back(std::max<std::int64_t>(0, length - problem.seqlen_q + row.token + 1));
+    }
+    const int count = static_cast<int>(end - begin);
+    const std::int64_t most =
+        std::max<std::int64_t>(1, *std::max_element(seen.begin(), seen.end()));
+    q_row.upload(numbers);
+    keys.upload(seen);
+    out.fill_bytes(0);
+    SNAPMLA_CUDA_CHECK(cudaDeviceSynchronize());
+    const Request request{problem.cache,
+                          problem.block_table + b * problem.table_stride,
+                          static_cast<const std::uint8_t*>(problem.q_latent),
+                          static_cast<const std::uint8_t*>(problem.q_rope),
+                          problem.q_element,
+                          problem.q_rope_element,
+                          problem.q_latent_row,
+                          problem.q_rope_row,
+                          problem.q_scale,
+                          problem.softmax_scale * 1.44269504088896340736};
+    const Rows device_rows{q_row.data(), keys.data(), count};
+    const auto y = static_cast<unsigned>(count);
+    constexpr int kTokensPerBlock = kThreads / 32, kSpan = 512;
+    score_kernel<<<dim3(static_cast<unsigned>((most + kTokensPerBlock - 1) / kTokensPerBlock), y),
+                   kThreads, 0, stream>>>(request, device_rows, most, x.data());
+    SNAPMLA_CUDA_CHECK(cudaGetLastError());
+    weight_kernel<<<y, kThreads, 0, stream>>>(request, device_rows, most, emulation, x.data(),
+                                              lse.data());
+    SNAPMLA_CUDA_CHECK(cudaGetLastError());
+    output_kernel<<<dim3(static_cast<unsigned>((most + kSpan - 1) / kSpan), y), kThreads, 0,
+                    stream>>>(request, device_rows, most, kSpan, x.data(), out.data());
+    SNAPMLA_CUDA_CHECK(cudaGetLastError());
+    SNAPMLA_CUDA_CHECK(cudaStreamSynchronize(stream));
+    const auto values = out.download(0, count * kLatent);
+    std::copy(values.begin(), values.end(),
+              result.out.begin() + static_cast<std::ptrdiff_t>(begin * kLatent));
+    const auto logs = lse.download(0, count);
+    std::copy(logs.begin(), logs.end(), result.lse.begin() + static_cast<std::ptrdiff_t>(begin));
+    begin = end;
+  }
+  return result;
+}
+
+std::vector<ReferenceRow> all_rows(const ReferenceProblem& problem) {
+  std::vector<ReferenceRow> rows;
+  for (std::int32_t b = 0; b < problem.batch; ++b) {
+    for (std::int32_t t = 0; t < problem.seqlen_q; ++t) {
+      for (std::int32_t h = 0; h < problem.heads_q; ++h) rows.push_back({b, t, h});
+    }
+  }
+  return rows;
+}
+
+std::vector<ReferenceRow> sample_rows(const ReferenceProblem& problem, int count,
+                                      std::uint64_t seed) {
+  const std::int64_t total = problem.batch * problem.seqlen_q * problem.heads_q;
+  std::set<std::tuple<std::int32_t, std::int32_t, std::int32_t>> chosen;
+  const auto wanted = static_cast<std::size_t>(std::min<std::int64_t>(count, total));
+  while (chosen.size() < wanted) {
+    const auto n = static_cast<std::int64_t>(mix(seed) % static_cast<std::uint64_t>(total));
+    const std::int64_t head = n % problem.heads_q, rest = n / problem.heads_q;
+    chosen.insert({static_cast<std::int32_t>(rest / problem.seqlen_q),
+                   static_cast<std::int32_t>(rest % problem.seqlen_q),
+                   static_cast<std::int32_t>(head)});
+  }
+  std::vector<ReferenceRow> rows;
+  for (const auto& [b, t, h] : chosen) rows.push_back({b, t, h});
+  return rows;
+}
+
+}  // namespace snapmla::gpu
