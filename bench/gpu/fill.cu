@@ -39,6 +39,30 @@ __global__ void normal_kernel(T* data, std::int64_t count, std::uint64_t seed, f
   }
 }
 
+__global__ void scale_rows_kernel(BFloat16* data, std::int64_t rows, std::int64_t width,
+                                  std::uint64_t seed, float spread) {
+  for (std::int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
+    const float u =
+        static_cast<float>(hash(hash(seed) ^ static_cast<std::uint64_t>(r)) >> 40) * 0x1p-24f;
+    const float factor = exp2f(spread * (2.0f * u - 1.0f));
+    for (std::int64_t d = threadIdx.x; d < width; d += blockDim.x) {
+      BFloat16* p = data + r * width + d;
+      store(p, factor * __uint_as_float(static_cast<unsigned>(p->bits) << 16));
+    }
+  }
+}
+
+__global__ void mismatch_kernel(const std::uint8_t* a, const std::uint8_t* b, std::int64_t count,
+                                unsigned long long* mismatches) {
+  unsigned long long mine = 0;
+  const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+       i += stride) {
+    mine += a[i] != b[i];
+  }
+  if (mine != 0) atomicAdd(mismatches, mine);
+}
+
 template <class T>
 void launch_normal(T* data, std::int64_t count, std::uint64_t seed, cudaStream_t stream,
                    float deviation, float mean) {
@@ -57,6 +81,25 @@ void fill_normal(BFloat16* data, std::int64_t count, std::uint64_t seed, cudaStr
 void fill_normal(float* data, std::int64_t count, std::uint64_t seed, cudaStream_t stream,
                  float deviation, float mean) {
   launch_normal(data, count, seed, stream, deviation, mean);
+}
+
+void scale_rows(BFloat16* data, std::int64_t rows, std::int64_t width, std::uint64_t seed,
+                cudaStream_t stream, float spread) {
+  if (rows == 0) return;
+  scale_rows_kernel<<<132 * 8, 128, 0, stream>>>(data, rows, width, seed, spread);
+  SNAPMLA_CUDA_CHECK(cudaGetLastError());
+}
+
+std::int64_t count_mismatches(const std::uint8_t* a, const std::uint8_t* b, std::int64_t count,
+                              cudaStream_t stream) {
+  if (count == 0) return 0;
+  DeviceBuffer<unsigned long long> mismatches(1);
+  mismatches.fill_bytes(0);
+  SNAPMLA_CUDA_CHECK(cudaDeviceSynchronize());
+  mismatch_kernel<<<132 * 4, 256, 0, stream>>>(a, b, count, mismatches.data());
+  SNAPMLA_CUDA_CHECK(cudaGetLastError());
+  SNAPMLA_CUDA_CHECK(cudaStreamSynchronize(stream));
+  return static_cast<std::int64_t>(mismatches.download()[0]);
 }
 
 std::vector<std::int32_t> shuffled(std::int64_t count, std::uint64_t seed) {

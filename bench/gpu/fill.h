@@ -16,6 +16,15 @@ void fill_normal(BFloat16* data, std::int64_t count, std::uint64_t seed, cudaStr
 void fill_normal(float* data, std::int64_t count, std::uint64_t seed, cudaStream_t stream,
                  float deviation = 1.0f, float mean = 0.0f);
 
+// Multiplies each of `rows` rows by its own 2^u, u uniform in [-spread, spread]: tokens of
+// different size, as a per-token scale wants them.
+void scale_rows(BFloat16* data, std::int64_t rows, std::int64_t width, std::uint64_t seed,
+                cudaStream_t stream, float spread);
+
+// How many of `count` bytes differ. Waits for the stream.
+std::int64_t count_mismatches(const std::uint8_t* a, const std::uint8_t* b, std::int64_t count,
+                              cudaStream_t stream);
+
 // 0..count-1 in random order.
 std::vector<std::int32_t> shuffled(std::int64_t count, std::uint64_t seed);
 

@@ -1,0 +1,215 @@
+// Decode on the GPU against exact attention in double and against the emulation of its quantised P:
+// the table that all backends share, and shapes that only a GPU has the time for.
+#include <algorithm>
+#include <memory>
+
+#include "backends/ref/ref_backend.h"
+#include "cuda/cuda_test.h"
+#include "gpu/fill.h"
+#include "support/decode_shapes.h"
+
+namespace snapmla::test {
+namespace {
+
+constexpr double kFewTokensSlack = 1.5e-2, kFewTokensLse = 5e-2;
+constexpr double kManyTokensSlack = 1e-3, kManyTokensLse = 5e-3;
+
+// Case `index` of the shared table, with the GPU's own variations on top. The table's F32 cases are
+// BF16 here.
+gpu::ProblemShape table_shape(int index) {
+  const DecodeShape from = decode_shape(index);
+  gpu::ProblemShape s;
+  s.format = from.format == KvCacheFormat::kFp8 ? KvCacheFormat::kFp8 : KvCacheFormat::kBf16;
+  s.image = from.image;
+  s.p_block = from.p_block;
+  s.heads = from.heads;
+  s.seqlen_q = from.seqlen_q;
+  s.lengths = from.lengths;
+  s.out = index % 3 == 0 ? DType::kBF16 : DType::kF32;
+  s.deterministic = index % 5 < 2;
+  s.separate_tensors = index % 7 < 2;
+  s.row_padding = index % 11 < 3 ? 16 * (1 + index % 4) : 0;
+  s.unused_pages = 3;
+  s.unused_columns = 2;
+  s.seed = static_cast<std::uint64_t>(index) + 1;
+  return s;
+}
+
+void expect_table_case(int index) {
+  SCOPED_TRACE("case " + std::to_string(index));
+  gpu::Problem problem(table_shape(index), uneven_data(static_cast<std::uint64_t>(index) + 1));
+  expect_agreement(problem, {}, kFewTokensSlack, kFewTokensLse);
+}
+
+// 120 consecutive cases of the table per test: the fixture's cost is that of one.
+class CudaTable : public CudaTest, public ::testing::WithParamInterface<int> {};
+
+TEST_P(CudaTable, AgreesWithFp64) {
+  for (int i = 0; i < 120 && !HasFatalFailure(); ++i) expect_table_case(GetParam() * 120 + i);
+}
+INSTANTIATE_TEST_SUITE_P(Shared, CudaTable, ::testing::Range(0, 25));
+
+class CudaSmallTable : public CudaTest, public ::testing::WithParamInterface<int> {};
+TEST_P(CudaSmallTable, AgreesWithFp64) { expect_table_case(GetParam()); }
+INSTANTIATE_TEST_SUITE_P(Shared, CudaSmallTable,
+                         ::testing::Values(0, 1, 2, 7, 11, 15, 107, 111, 205, 210, 307, 411));
+
+// The length around every edge of a page, a tile of two pages and a split, for every number of
+// query tokens and around every number of rows at which the kernel changes.
+TEST_F(CudaTest, EdgesOfLengthsHeadsAndQueryTokens) {
+  std::vector<std::int32_t> lengths;
+  for (const int edge : {0, 64, 128, 192, 256, 512, 1024, 4096, 8192}) {
+    for (const int offset : {-1, 0, 1}) {
+      if (edge + offset >= 0) lengths.push_back(edge + offset);
+    }
+  }
+  std::uint64_t seed = 1;
+  for (const auto format : {KvCacheFormat::kFp8, KvCacheFormat::kBf16}) {
+    for (const int p_block : {64, 128}) {
+      if (format == KvCacheFormat::kBf16 && p_block == 128) continue;
+      for (const auto& [heads, seqlen_q] : std::vector<std::pair<int, int>>{{1, 1},
+                                                                            {15, 1},
+                                                                            {16, 1},
+                                                                            {17, 1},
+                                                                            {31, 1},
+                                                                            {32, 1},
+                                                                            {33, 1},
+                                                                            {63, 1},
+                                                                            {64, 1},
+                                                                            {65, 1},
+                                                                            {127, 1},
+                                                                            {128, 1},
+                                                                            {128, 2},
+                                                                            {16, 4},
+                                                                            {7, 5},
+                                                                            {3, 16},
+                                                                            {40, 3},
+                                                                            {128, 16},
+                                                                            {1, 16}}) {
+        for (const bool deterministic : {false, true}) {
+          gpu::ProblemShape s;
+          s.format = format;
+          s.p_block = p_block;
+          s.heads = heads;
+          s.seqlen_q = seqlen_q;
+          s.lengths = lengths;
+          s.deterministic = deterministic;
+          s.unused_pages = 4;
+          s.unused_columns = 1;
+          s.out = seed % 2 == 0 ? DType::kBF16 : DType::kF32;
+          s.seed = ++seed;
+          SCOPED_TRACE(std::string(to_string(format)) + " heads " + std::to_string(heads) + " x " +
+                       std::to_string(seqlen_q) + " p_block " + std::to_string(p_block) +
+                       (deterministic ? " deterministic" : " balanced"));
+          gpu::Problem problem(s, uneven_data(seed));
+          // Every row of the shapes with few rows, a sample of the others.
+          expect_agreement(problem, gpu::sample_rows(problem.reference(), 1500, seed), 3e-3,
+                           kFewTokensLse);
+          ASSERT_FALSE(HasFatalFailure());
+        }
+      }
+    }
+  }
+}
+
+// Batches from 1 to 200, even, ragged, and with empty requests between.
+TEST_F(CudaTest, BatchesUpTo200) {
+  std::uint64_t state = 42;
+  for (const auto format : {KvCacheFormat::kFp8, KvCacheFormat::kBf16}) {
+    for (const int batch : {1, 2, 3, 7, 16, 33, 66, 131, 132, 133, 200}) {
+      for (const bool deterministic : {false, true}) {
+        gpu::ProblemShape s;
+        s.format = format;
+        s.heads = batch % 2 == 0 ? 128 : 16;
+        s.deterministic = deterministic;
+        s.seed = gpu::mix(state);
+        s.unused_columns = 3;
+        for (int b = 0; b < batch; ++b) {
+          const double u = static_cast<double>(gpu::mix(state) >> 11) * 0x1p-53;
+          s.lengths.push_back(b % 13 == 5 ? 0 : static_cast<std::int32_t>(std::exp2(13.0 * u)));
+        }
+        SCOPED_TRACE("batch " + std::to_string(batch) + (deterministic ? " deterministic" : ""));
+        gpu::Problem problem(s, uneven_data(s.seed % 1000));
+        expect_agreement(problem, gpu::sample_rows(problem.reference(), 800, 3), 4e-3,
+                         kFewTokensLse);
+        ASSERT_FALSE(HasFatalFailure());
+      }
+    }
+  }
+}
+
+// One request over the whole GPU: as many splits as there can be.
+TEST_F(CudaTest, LongContextsInManySplits) {
+  for (const auto format : {KvCacheFormat::kFp8, KvCacheFormat::kBf16}) {
+    for (const int length : {30000, 131072}) {
+      for (const int heads : {128, 16}) {
+        for (const bool deterministic : {false, true}) {
+          gpu::ProblemShape s;
+          s.format = format;
+          s.heads = heads;
+          s.lengths = {length, 100, length / 3};
+          s.deterministic = deterministic;
+          SCOPED_TRACE(std::to_string(length) + " tokens, " + std::to_string(heads) + " heads");
+          gpu::Problem problem(s, uneven_data(9));
+          expect_agreement(problem, gpu::sample_rows(problem.reference(), 64, 3), kManyTokensSlack,
+                           kManyTokensLse);
+        }
+      }
+    }
+  }
+}
+
+// Big shapes of the benchmark, both images, three tensors.
+TEST_F(CudaTest, BenchmarkShapes) {
+  for (const auto format : {KvCacheFormat::kFp8, KvCacheFormat::kBf16}) {
+    for (const auto& [heads, seqlen_q] :
+         std::vector<std::pair<int, int>>{{128, 1}, {128, 2}, {64, 1}, {32, 1}, {16, 1}}) {
+      for (const bool separate : {false, true}) {
+        gpu::ProblemShape s;
+        s.format = format;
+        s.heads = heads;
+        s.seqlen_q = seqlen_q;
+        s.lengths.assign(32, 8192);
+        s.separate_tensors = separate;
+        s.image = separate ? PageImage::kPlainRows : PageImage::kSwizzled128;
+        SCOPED_TRACE(std::to_string(heads) + " x " + std::to_string(seqlen_q));
+        gpu::Problem problem(s);
+        expect_agreement(problem, gpu::sample_rows(problem.reference(), 96, 3), kManyTokensSlack,
+                         kManyTokensLse);
+      }
+    }
+  }
+}
+
+// Rows that see nothing: out exactly 0, lse exactly -inf; their neighbours are not disturbed.
+TEST_F(CudaTest, EmptyRowsAreZero) {
+  for (const auto format : {KvCacheFormat::kFp8, KvCacheFormat::kBf16}) {
+    for (const bool deterministic : {false, true}) {
+      gpu::ProblemShape s;
+      s.format = format;
+      s.heads = 24;
+      s.seqlen_q = 6;
+      s.lengths = {0, 1, 5, 6, 0, 7, 0};
+      s.deterministic = deterministic;
+      s.unused_pages = 2;
+      gpu::Problem problem(s);
+      run(problem);
+      const auto out = problem.out(), lse = problem.lse();
+      for (std::int64_t b = 0; b < 7; ++b) {
+        for (std::int64_t t = 0; t < 6; ++t) {
+          const bool empty = s.lengths[static_cast<std::size_t>(b)] - 6 + t + 1 <= 0;
+          for (std::int64_t h = 0; h < 24; ++h) {
+            const float l = lse[static_cast<std::size_t>((b * 24 + h) * 6 + t)];
+            EXPECT_EQ(l == -INFINITY, empty) << b << " " << t << " " << h << " lse " << l;
+            for (std::int64_t d = 0; d < 512 && empty; ++d) {
+              ASSERT_EQ(out[static_cast<std::size_t>(((b * 6 + t) * 24 + h) * 512 + d)], 0.0f);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace snapmla::test

@@ -1,0 +1,209 @@
+// The GPU's fp64 reference is itself checked: against a plain host loop over the same bytes, and
+// its emulation of a quantised P against the reference backend, which is the specification.
+#include <cstring>
+#include <memory>
+#include <numeric>
+
+#include "backends/ref/ref_backend.h"
+#include "cuda/cuda_test.h"
+
+namespace snapmla::test {
+namespace {
+
+double e4m3_value(std::uint8_t c) {
+  const int e = (c >> 3) & 15, m = c & 7;
+  const double v = e == 0 ? std::ldexp(m, -9) : std::ldexp(8 + m, e - 10);
+  return (c & 0x7f) == 0x7f ? std::nan("") : (c & 0x80) != 0 ? -v : v;
+}
+
+float bf16_value(BFloat16 x) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+
+template <class T>
+std::vector<T> from_device(const void* data, std::int64_t count) {
+  std::vector<T> host(static_cast<std::size_t>(count));
+  if (count > 0) {
+    SNAPMLA_CUDA_CHECK(
+        cudaMemcpy(host.data(), data, host.size() * sizeof(T), cudaMemcpyDeviceToHost));
+  }
+  return host;
+}
+
+// A problem's cache, tables and queries in host memory, and arguments that point there.
+struct HostCopy {
+  std::vector<std::uint8_t> pool, q_latent;
+  std::vector<BFloat16> q_rope;
+  std::vector<float> q_scale, out, lse;
+  std::vector<std::int32_t> table, lengths;
+  MlaDecodeArgs args;
+
+  explicit HostCopy(const gpu::Problem& p) {
+    const gpu::ProblemShape& s = p.shape();
+    const MlaDecodeArgs d = p.decode_args();
+    const std::int64_t b = s.batch(), rows = s.rows();
+    const bool fp8 = s.format == KvCacheFormat::kFp8;
+    pool = from_device<std::uint8_t>(d.cache.latent,
+                                     d.cache.num_pages * page_layout(s.format).page_bytes);
+    q_latent = from_device<std::uint8_t>(d.q_latent.raw(), rows * 512 * (fp8 ? 1 : 2));
+    q_rope = from_device<BFloat16>(d.q_rope.raw(), rows * 64);
+    if (fp8) q_scale = from_device<float>(d.q_scale.raw(), rows);
+    table = p.table();
+    lengths = s.lengths;
+    out.assign(static_cast<std::size_t>(rows * 512), std::nanf(""));
+    lse.assign(static_cast<std::size_t>(rows), std::nanf(""));
+    args = d;
+    args.cache = KvCacheView::of_pool(pool.data(), d.cache.num_pages, s.format, s.image);
+    args.q_latent = TensorView(q_latent.data(), d.q_latent.dtype(), {b, s.seqlen_q, s.heads, 512});
+    args.q_rope = TensorView(q_rope.data(), DType::kBF16, {b, s.seqlen_q, s.heads, 64});
+    if (fp8) args.q_scale = TensorView::of(q_scale.data(), {b, s.seqlen_q, s.heads});
+    args.block_table = TensorView::of(table.data(), {b, p.max_pages()});
+    args.cache_seqlens = TensorView::of(lengths.data(), {b});
+    args.out = TensorView::of(out.data(), {b, s.seqlen_q, s.heads, 512});
+    args.lse = TensorView::of(lse.data(), {b, s.heads, s.seqlen_q});
+    args.num_splits = 1;
+  }
+
+  double key(const gpu::ProblemShape& s, std::int64_t b, std::int64_t j, int d) const {
+    const std::int64_t page = table[static_cast<std::size_t>(b * args.block_table.dim(1) + j / 64)];
+    const bool fp8 = s.format == KvCacheFormat::kFp8;
+    const std::int64_t elem = d < 512 && fp8 ? 1 : 2, byte = (d < 512 ? d : d - 512) * elem;
+    const std::int64_t row_bytes = d < 512 ? 512 * elem : 128;
+    std::int64_t at = j % 64 * row_bytes + byte;
+    if (s.image == PageImage::kSwizzled128) {
+      at = byte / 128 * 8192 + j % 64 * 128 + ((byte / 16 % 8) ^ (j % 8)) * 16 + byte % 16;
+    }
+    const std::uint8_t* p =
+        (d < 512 ? args.cache.latent_plane(page) : args.cache.rope_plane(page)) + at;
+    BFloat16 wide;
+    std::memcpy(&wide, p, static_cast<std::size_t>(elem));
+    const double value = elem == 1 ? e4m3_value(*p) : static_cast<double>(bf16_value(wide));
+    return fp8 ? value * static_cast<double>(args.cache.scale_plane(page)[j % 64]) : value;
+  }
+
+  double query(const gpu::ProblemShape& s, std::int64_t row, int d) const {
+    const bool fp8 = s.format == KvCacheFormat::kFp8;
+    double value;
+    if (d >= 512) {
+      value = static_cast<double>(bf16_value(q_rope[static_cast<std::size_t>(row * 64 + d - 512)]));
+    } else if (fp8) {
+      value = e4m3_value(q_latent[static_cast<std::size_t>(row * 512 + d)]);
+    } else {
+      BFloat16 wide;
+      std::memcpy(&wide, q_latent.data() + (row * 512 + d) * 2, 2);
+      value = static_cast<double>(bf16_value(wide));
+    }
+    return fp8 ? value * static_cast<double>(q_scale[static_cast<std::size_t>(row)]) : value;
+  }
+};
+
+gpu::ProblemShape small_shape(KvCacheFormat format, PageImage image) {
+  gpu::ProblemShape s;
+  s.format = format;
+  s.image = image;
+  s.heads = 3;
+  s.seqlen_q = 2;
+  s.lengths = {65, 0, 200, 1};
+  s.unused_pages = 1;
+  return s;
+}
+
+class CudaSmallReference : public CudaTest {};
+
+TEST_F(CudaSmallReference, EqualsAPlainHostLoop) {
+  for (const auto format : {KvCacheFormat::kFp8, KvCacheFormat::kBf16}) {
+    for (const auto image : {PageImage::kSwizzled128, PageImage::kPlainRows}) {
+      const gpu::ProblemShape s = small_shape(format, image);
+      gpu::Problem problem(s, uneven_data(21));
+      const auto reference = problem.reference();
+      const auto rows = gpu::all_rows(reference);
+      const auto got = gpu::reference_attention(reference, rows, nullptr);
+      const HostCopy host(problem);
+      for (std::size_t i = 0; i < rows.size(); ++i) {
+        const auto& r = rows[i];
+        const std::int64_t length = s.lengths[static_cast<std::size_t>(r.batch)];
+        const std::int64_t visible = std::max<std::int64_t>(0, length - s.seqlen_q + r.token + 1);
+        std::vector<double> score(static_cast<std::size_t>(visible)), want(512);
+        double sum = 0, top = -INFINITY;
+        for (std::size_t j = 0; j < score.size(); ++j) {
+          for (int d = 0; d < 576; ++d) {
+            score[j] += host.query(s, static_cast<std::int64_t>(i), d) *
+                        host.key(s, r.batch, static_cast<std::int64_t>(j), d);
+          }
+          score[j] *= static_cast<double>(s.softmax_scale);
+          top = std::max(top, score[j]);
+        }
+        for (std::size_t j = 0; j < score.size(); ++j) {
+          const double w = std::exp(score[j] - top);
+          sum += w;
+          for (int d = 0; d < 512; ++d) {
+            want[static_cast<std::size_t>(d)] +=
+                w * host.key(s, r.batch, static_cast<std::int64_t>(j), d);
+          }
+        }
+        if (visible == 0) {
+          EXPECT_EQ(got.lse[i], -INFINITY);
+        } else {
+          EXPECT_NEAR(got.lse[i], top + std::log(sum), 1e-9);
+        }
+        for (std::size_t d = 0; d < 512; ++d) {
+          ASSERT_NEAR(got.out[i * 512 + d], visible == 0 ? 0.0 : want[d] / sum, 1e-9)
+              << "row " << i << " dim " << d;
+        }
+      }
+    }
+  }
+}
+
+// The reference backend computes logits in f32: a code of P on a rounding boundary may fall the
+// other way, which the bound allows for.
+TEST_F(CudaSmallReference, EmulationEqualsTheSpecification) {
+  const auto backend = ref::make_ref_backend();
+  for (const int p_block : {64, 128}) {
+    gpu::ProblemShape s = small_shape(KvCacheFormat::kFp8, PageImage::kSwizzled128);
+    s.p_block = p_block;
+    gpu::Problem problem(s, uneven_data(22));
+    const auto reference = problem.reference();
+    const auto rows = gpu::all_rows(reference);
+    const auto emulated = gpu::reference_attention(
+        reference, rows, nullptr,
+        p_block == 64 ? gpu::PEmulation::kBlock64 : gpu::PEmulation::kBlock128);
+    HostCopy host(problem);
+    backend->mla_decode(host.args);
+    const Errors e = errors_against(emulated, rows, problem, host.out, host.lse);
+    EXPECT_LE(e.out, 2e-3);
+    EXPECT_LE(e.lse, 1e-3);
+    const auto exact = gpu::reference_attention(reference, rows, nullptr);
+    EXPECT_GT(errors_against(exact, rows, problem, host.out, host.lse).out, 2e-3)
+        << "exact attention and the emulation cannot be told apart: this test shows nothing";
+  }
+}
+
+// The product on the same small problem, all three together.
+TEST_F(CudaSmallReference, TheKernelAgreesWithTheSpecification) {
+  const auto backend = ref::make_ref_backend();
+  for (const auto format : {KvCacheFormat::kFp8, KvCacheFormat::kBf16}) {
+    gpu::ProblemShape s = small_shape(format, PageImage::kSwizzled128);
+    s.out = DType::kF32;
+    gpu::Problem problem(s, uneven_data(23));
+    run(problem);
+    HostCopy host(problem);
+    backend->mla_decode(host.args);
+    const auto rows = gpu::all_rows(problem.reference());
+    gpu::ReferenceResult specification;
+    specification.out.assign(host.out.begin(), host.out.end());
+    for (const auto& r : rows) {
+      specification.lse.push_back(static_cast<double>(
+          host.lse[static_cast<std::size_t>((r.batch * s.heads + r.head) * s.seqlen_q + r.token)]));
+    }
+    const Errors e = errors_against(specification, rows, problem, problem.out(), problem.lse());
+    EXPECT_LE(e.out, format == KvCacheFormat::kFp8 ? 2e-2 : 4e-3);
+    EXPECT_LE(e.lse, format == KvCacheFormat::kFp8 ? 3e-2 : 2e-3);
+  }
+}
+
+}  // namespace
+}  // namespace snapmla::test
