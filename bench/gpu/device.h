@@ -115,6 +115,7 @@ class OwnedGraph {
     cudaGraphDestroy(graph);
     SNAPMLA_CUDA_CHECK(status);
   }
+  OwnedGraph(OwnedGraph&& other) noexcept : exec_(std::exchange(other.exec_, nullptr)) {}
   ~OwnedGraph() {
     if (exec_ != nullptr) cudaGraphExecDestroy(exec_);
   }

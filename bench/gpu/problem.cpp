@@ -12,7 +12,6 @@ namespace {
 
 constexpr std::int64_t kGuard = 4096;  // bytes, keeps what follows aligned
 constexpr int kGuardByte = 0xa5;
-constexpr std::int64_t kChunk = 1 << 16;  // tokens generated at a time
 
 std::int64_t pages_of(std::int64_t tokens) { return (tokens + kPageSize - 1) / kPageSize; }
 
@@ -158,7 +157,7 @@ void Problem::append_all(const ProblemData& data) {
     }
   }
   const auto total = static_cast<std::int64_t>(slots.size());
-  const std::int64_t chunk = std::max<std::int64_t>(1, std::min(total, kChunk));
+  const std::int64_t chunk = std::max<std::int64_t>(1, std::min(total, kTokensAtOnce));
   DeviceBuffer<BFloat16> latent(chunk * kKvLoraRank), rope(chunk * kQkRopeHeadDim);
   DeviceBuffer<std::int64_t> device_slots(chunk);
   for (std::int64_t first = 0; first < total; first += chunk) {

@@ -51,6 +51,9 @@ struct ProblemData {
 
 class Problem {
  public:
+  // ProblemData::keys is asked for at most this many tokens at a time.
+  static constexpr std::int64_t kTokensAtOnce = 1 << 16;
+
   explicit Problem(const ProblemShape& shape, const ProblemData& data = {});
 
   const ProblemShape& shape() const { return shape_; }

@@ -197,6 +197,73 @@ __global__ void output_kernel(Request p, Rows rows, std::int64_t keys, int span,
   }
 }
 
+// accumulator + products as the tensor core adds them; see PEmulation.
+__device__ float tensor_core_add(float accumulator, const float* products, int count) {
+  float largest = fabsf(accumulator);
+  for (int i = 0; i < count; ++i) largest = fmaxf(largest, fabsf(products[i]));
+  if (largest == 0.0f) return accumulator;
+  const double step = ldexp(1.0, ilogbf(largest) - 13);
+  double sum = trunc(accumulator / step);
+  for (int i = 0; i < count; ++i) sum += trunc(products[i] / step);
+  return static_cast<float>(sum * step);
+}
+
+// x -> out [rows, 512] and lse through the tensor core's accumulation. One block of threads per
+// row; a thread owns two dimensions and walks along the tokens.
+__global__ void tensor_core_kernel(Request p, Rows rows, std::int64_t keys, bool two_level,
+                                   const double* x, double* out, double* lse) {
+  constexpr int kBlock = 64, kGroup = 32, kDims = kLatent / kThreads;
+  __shared__ float code[kBlock];
+  const int r = static_cast<int>(blockIdx.x);
+  const double* row = x + r * keys;
+  const std::int64_t n = rows.keys[r];
+  const double infinity = __longlong_as_double(0x7ff0000000000000ll);
+  double top = -infinity;
+  for (std::int64_t j = threadIdx.x; j < n; j += kThreads) top = larger(top, row[j]);
+  top = block_reduce(top, larger);
+  const auto add = [](double a, double b) { return a + b; };
+  double l = 0, sum[kDims] = {};
+  for (std::int64_t begin = 0; begin < n; begin += kBlock) {
+    const int count = static_cast<int>(min(static_cast<std::int64_t>(kBlock), n - begin));
+    const bool mine = static_cast<int>(threadIdx.x) < count;
+    const double s = mine ? token_scale(p, begin + threadIdx.x) : 1.0;
+    const double y = mine ? row[begin + threadIdx.x] + log2(s) : -infinity;
+    const double m = block_reduce(y, larger);
+    const double sigma = exp2(m - top) / 448.0;
+    double share = 0;
+    if (mine) {
+      code[threadIdx.x] = static_cast<float>(round_e4m3(448.0 * exp2(y - m)));
+      share = sigma * code[threadIdx.x] / s;
+    }
+    l += block_reduce(share, add);  // also publishes code[]
+    for (int i = 0; i < kDims; ++i) {
+      const int d = i * kThreads + static_cast<int>(threadIdx.x);
+      float t = two_level || sigma == 0.0 ? 0.0f : static_cast<float>(sum[i] / sigma);
+      for (int at = 0; at < count; at += kGroup) {
+        float products[kGroup];
+        const int group = min(kGroup, count - at);
+        for (int k = 0; k < group; ++k) {
+          const std::int64_t j = begin + at + k;
+          const std::uint8_t* latent = p.cache.latent + p.table[j / kPage] * p.cache.latent_page;
+          products[k] =
+              code[at + k] * static_cast<float>(value_at(
+                                 element(latent, p.cache.swizzled, p.cache.latent_row,
+                                         static_cast<int>(j % kPage), d * width(p.cache.element)),
+                                 p.cache.element));
+        }
+        t = tensor_core_add(t, products, group);
+      }
+      sum[i] = two_level ? sum[i] + sigma * t : (sigma == 0.0 ? sum[i] : sigma * t);
+    }
+    __syncthreads();
+  }
+  for (int i = 0; i < kDims; ++i) {
+    out[static_cast<std::int64_t>(r) * kLatent + i * kThreads + threadIdx.x] =
+        n == 0 ? 0.0 : sum[i] / l;
+  }
+  if (threadIdx.x == 0) lse[r] = n == 0 ? -infinity : (top + log2(l)) * 0.69314718055994530942;
+}
+
 }  // namespace
 
 ReferenceResult reference_attention(const ReferenceProblem& problem,
@@ -243,11 +310,17 @@ ReferenceResult reference_attention(const ReferenceProblem& problem,
     score_kernel<<<dim3(static_cast<unsigned>((most + kTokensPerBlock - 1) / kTokensPerBlock), y),
                    kThreads, 0, stream>>>(request, device_rows, most, x.data());
     SNAPMLA_CUDA_CHECK(cudaGetLastError());
-    weight_kernel<<<y, kThreads, 0, stream>>>(request, device_rows, most, emulation, x.data(),
-                                              lse.data());
-    SNAPMLA_CUDA_CHECK(cudaGetLastError());
-    output_kernel<<<dim3(static_cast<unsigned>((most + kSpan - 1) / kSpan), y), kThreads, 0,
-                    stream>>>(request, device_rows, most, kSpan, x.data(), out.data());
+    if (emulation == PEmulation::kOneLevel64 || emulation == PEmulation::kTwoLevel64) {
+      tensor_core_kernel<<<y, kThreads, 0, stream>>>(request, device_rows, most,
+                                                     emulation == PEmulation::kTwoLevel64, x.data(),
+                                                     out.data(), lse.data());
+    } else {
+      weight_kernel<<<y, kThreads, 0, stream>>>(request, device_rows, most, emulation, x.data(),
+                                                lse.data());
+      SNAPMLA_CUDA_CHECK(cudaGetLastError());
+      output_kernel<<<dim3(static_cast<unsigned>((most + kSpan - 1) / kSpan), y), kThreads, 0,
+                      stream>>>(request, device_rows, most, kSpan, x.data(), out.data());
+    }
     SNAPMLA_CUDA_CHECK(cudaGetLastError());
     SNAPMLA_CUDA_CHECK(cudaStreamSynchronize(stream));
     const auto values = out.download(0, count * kLatent);

@@ -52,7 +52,10 @@ struct ReferenceRow {
   std::int32_t batch, token, head;
 };
 
-enum class PEmulation { kExact, kBlock64, kBlock128, kUnscaled };
+// kOneLevel64, kTwoLevel64: kBlock64 with PV summed as Hopper's tensor cores do (32 products and
+// the accumulator aligned to the largest, 14 bits kept, cut towards zero), in one chain over the
+// whole context or started anew in each block.
+enum class PEmulation { kExact, kBlock64, kBlock128, kUnscaled, kOneLevel64, kTwoLevel64 };
 
 struct ReferenceResult {
   std::vector<double> out;  // [rows, 512]

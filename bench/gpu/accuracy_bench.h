@@ -1,0 +1,37 @@
+// The accuracy table: how far decode is from exact attention, by distribution and context.
+//
+//   kernel error  against fp64 on what the FP8 cache and query stand for: what the kernel adds
+//   method error  against fp64 on the unquantised bf16 inputs: what a user of FP8 sees
+// Each as relative L2 over all heads. Beside the kernel (P blocks of 64 and 128 tokens) stand fp64
+// emulations: of its P (the kernel should be no worse than 1.05 times this), of P without a scale,
+// of PV in one accumulation chain, and of one scale per tensor with P unscaled.
+#pragma once
+
+#include <cstdint>
+#include <iosfwd>
+#include <string>
+#include <vector>
+
+#include "problem.h"
+
+namespace snapmla::gpu {
+
+struct AccuracyCase {
+  std::string name;
+  ProblemData data;
+};
+// The distributions, for a context of `tokens`.
+std::vector<AccuracyCase> accuracy_cases(std::uint64_t seed);
+
+struct AccuracyOptions {
+  std::vector<std::int32_t> contexts = {1024, 8192, 32768, 131072};
+  std::int64_t heads = 64;
+  std::uint64_t seed = 1;
+  double bound = 1.05;         // on kernel error / emulation
+  std::string json, markdown;  // files; empty: not written
+};
+
+// Prints the table; returns whether every kernel error is within the bound.
+bool run_accuracy_bench(const AccuracyOptions& options, std::ostream& out);
+
+}  // namespace snapmla::gpu

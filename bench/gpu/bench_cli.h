@@ -1,0 +1,39 @@
+// The options of the GPU benches, for `snapmla bench` and for the stand-alone program bench_gpu.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "gpu/accuracy_bench.h"
+#include "gpu/attention_bench.h"
+
+namespace snapmla::gpu {
+
+// What only a GPU bench has.
+struct AttentionCliFlags {
+  std::string preset;
+  bool deterministic = false, no_extras = false;
+  int p_block = 64, rounds = 1;
+  double load_s = 0.5, sustained_s = 0.3, idle_s = 0.7;
+  std::string json, csv;
+};
+void add_attention_options(CLI::App& command, AttentionCliFlags& flags);
+
+// The lists that a CPU bench has too; empty lists where a preset was given.
+struct AttentionSweep {
+  std::vector<std::int64_t> heads, seqlen_q, batch;
+  std::vector<std::string> context;  // tokens, or "ragged"
+  std::vector<std::string> kv_cache;
+};
+
+// Exit status: 0, or 1 when an output was wrong. Throws kUnsupported without a usable GPU.
+int run_attention_cli(const AttentionSweep& sweep, const AttentionCliFlags& flags,
+                      const std::string& command);
+
+// `accuracy`: the accuracy table.
+void register_accuracy(CLI::App& bench, int& status);
+
+}  // namespace snapmla::gpu
