@@ -182,6 +182,7 @@ void Problem::append_all(const ProblemData& data) {
     a.rope = TensorView(rope.data(), DType::kBF16, {n, kQkRopeHeadDim});
     a.slot_mapping = TensorView(device_slots.data(), DType::kI64, {n});
     a.cache = cache();
+    a.scale_mode = shape_.scale_mode;
     cuda::append_kv(a, nullptr);
     SNAPMLA_CUDA_CHECK(cudaDeviceSynchronize());
   }
@@ -248,6 +249,7 @@ void Problem::quantize(cudaStream_t stream) {
   a.q_rope_out = rows_view(q_rope_.data(), DType::kBF16, shape_, kQkRopeHeadDim, pad);
   a.q_scale_out =
       TensorView(q_scale_.data(), DType::kF32, {shape_.batch(), shape_.seqlen_q, shape_.heads});
+  a.scale_mode = shape_.scale_mode;
   cuda::quantize_q(a, stream);
 }
 
@@ -258,6 +260,7 @@ void Problem::append_last(cudaStream_t stream) {
   a.rope = TensorView(last_rope_.data(), DType::kBF16, {n, kQkRopeHeadDim});
   a.slot_mapping = TensorView(last_slots_.data(), DType::kI64, {n});
   a.cache = cache();
+  a.scale_mode = shape_.scale_mode;
   cuda::append_kv(a, stream);
 }
 
@@ -292,7 +295,8 @@ MlaDecodeArgs Problem::decode_args() const {
   a.cache_seqlens = TensorView(device_lengths_.data(), DType::kI32, {b});
   a.softmax_scale = shape_.softmax_scale;
   a.out = rows_view(out_.data() + kGuard, shape_.out, shape_, kKvLoraRank, pad);
-  a.lse = TensorView(lse_.data() + kGuard, DType::kF32, {b, shape_.heads, shape_.seqlen_q});
+  if (shape_.lse)
+    a.lse = TensorView(lse_.data() + kGuard, DType::kF32, {b, shape_.heads, shape_.seqlen_q});
   a.numerics.p_block = shape_.p_block;
   return a;
 }

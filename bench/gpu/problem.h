@@ -28,6 +28,8 @@ struct ProblemShape {
   bool deterministic = false;
   DType out = DType::kBF16;
   std::int64_t row_padding = 0;  // elements behind each row of queries and output, a multiple of 16
+  bool lse = true;               // whether decode is asked for it
+  ScaleMode scale_mode = ScaleMode::kAmax;
   std::int64_t unused_pages = 0;       // pages of the pool that no request uses
   std::int64_t unused_columns = 0;     // columns of the table past the longest request
   std::int64_t first_page = 0;         // the pages used are first_page and up, shuffled

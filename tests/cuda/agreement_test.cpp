@@ -3,10 +3,9 @@
 #include <algorithm>
 #include <memory>
 
-#include "backends/ref/ref_backend.h"
+#include "agreement/decode_table.h"
 #include "cuda/cuda_test.h"
 #include "gpu/fill.h"
-#include "support/decode_shapes.h"
 
 namespace snapmla::test {
 namespace {
@@ -14,10 +13,10 @@ namespace {
 constexpr double kFewTokensSlack = 1.5e-2, kFewTokensLse = 5e-2;
 constexpr double kManyTokensSlack = 1e-3, kManyTokensLse = 5e-3;
 
-// Case `index` of the shared table, with the GPU's own variations on top. The table's F32 cases are
-// BF16 here.
+// Case `index` of the shared table, with the GPU's own variations on top. Its F32 cases are BF16
+// here; P is accumulated in two levels always.
 gpu::ProblemShape table_shape(int index) {
-  const DecodeShape from = decode_shape(index);
+  const agreement::Shape from = agreement::make_shape(index);
   gpu::ProblemShape s;
   s.format = from.format == KvCacheFormat::kFp8 ? KvCacheFormat::kFp8 : KvCacheFormat::kBf16;
   s.image = from.image;
@@ -25,10 +24,13 @@ gpu::ProblemShape table_shape(int index) {
   s.heads = from.heads;
   s.seqlen_q = from.seqlen_q;
   s.lengths = from.lengths;
+  s.separate_tensors = from.separate;
+  s.row_padding = from.padded ? 16 * (1 + index % 4) : 0;
+  s.lse = from.lse;
+  s.scale_mode = from.scale_mode;
+  s.softmax_scale = from.softmax_scale;
   s.out = index % 3 == 0 ? DType::kBF16 : DType::kF32;
   s.deterministic = index % 5 < 2;
-  s.separate_tensors = index % 7 < 2;
-  s.row_padding = index % 11 < 3 ? 16 * (1 + index % 4) : 0;
   s.unused_pages = 3;
   s.unused_columns = 2;
   s.seed = static_cast<std::uint64_t>(index) + 1;
