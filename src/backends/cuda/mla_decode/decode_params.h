@@ -28,6 +28,8 @@ struct DecodePlanView {
   DecodeItem* items;          // [max_items]
   std::int32_t* split_begin;  // [batch] first slot of a request with two or more items
   std::int32_t* split_count;  // [batch] 0: empty request, 1: written directly, n: slots
+  std::int32_t* num_merged;   // how many requests combine has to write
+  std::int32_t* merged;       // [batch] those requests, in no order: split_count is not 1
   float* out_accum;           // [max_slots, rows, 512] f32, normalised per split
   float* lse_accum;           // [max_slots, rows] f32, base 2
 };

@@ -10,4 +10,11 @@ __device__ __forceinline__ float ex2_approx_ftz(float x) {
   return y;
 }
 
+// log2 x, absolute error about 2^-22; subnormal x counts as zero, lg2(0) = -inf.
+__device__ __forceinline__ float lg2_approx_ftz(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace snapmla::cuda::ptx

@@ -1,0 +1,139 @@
+// Merges the partial results of split requests, and writes empty ones.
+//
+//   m = max_s lse2_s,  w_s = 2^(lse2_s - m),  O = sum_s w_s O_s / sum_s w_s,
+//   lse = ln 2 (m + log2 sum_s w_s);  all -inf: O = 0, lse = -inf
+//
+// kWarps warps share a row: each takes every kWarps-th split, a lane 16 of the 512 dims. One warp
+// per row is best for many rows with few splits, eight for a single long request.
+#include "backends/cuda/launch.h"
+#include "backends/cuda/mla_decode/combine.h"
+#include "backends/cuda/ptx/convert.h"
+#include "backends/cuda/ptx/math.h"
+#include "backends/cuda/ptx/pdl.h"
+
+namespace snapmla::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+struct Row {
+  float o[16];  // dims 4 lane + 128 i + {0..3}
+  float weight;
+};
+
+__device__ float warp_max(float x) {
+  for (int d = 16; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
+  return x;
+}
+
+// This warp's share of the splits; `maximum` is over all of them.
+__device__ Row merge(const DecodeParams& p, int first_slot, int count, int row, int begin, int step,
+                     float maximum) {
+  const int lane = threadIdx.x & 31;
+  Row r{};
+  for (int chunk = 0; chunk < count; chunk += 32) {
+    const int split = chunk + lane;
+    const float lse =
+        split < count
+            ? p.plan.lse_accum[static_cast<std::int64_t>(first_slot + split) * p.rows + row]
+            : -INFINITY;
+    const float w = ptx::ex2_approx_ftz(lse - maximum);
+    const int n = min(32, count - chunk);
+#pragma unroll 2
+    for (int i = (begin + step - chunk % step) % step; i < n; i += step) {
+      const float weight = __shfl_sync(~0u, w, i);
+      if (weight == 0.0f) continue;  // its output may never have been written
+      const float* from = p.plan.out_accum +
+                          (static_cast<std::int64_t>(first_slot + chunk + i) * p.rows + row) * 512;
+      r.weight += weight;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float4 v = *reinterpret_cast<const float4*>(from + 4 * lane + 128 * k);
+        r.o[4 * k + 0] = fmaf(weight, v.x, r.o[4 * k + 0]);
+        r.o[4 * k + 1] = fmaf(weight, v.y, r.o[4 * k + 1]);
+        r.o[4 * k + 2] = fmaf(weight, v.z, r.o[4 * k + 2]);
+        r.o[4 * k + 3] = fmaf(weight, v.w, r.o[4 * k + 3]);
+      }
+    }
+  }
+  return r;
+}
+
+__device__ void write(const DecodeParams& p, int request, int row, const Row& r, float maximum) {
+  const int lane = threadIdx.x & 31, token = row / p.heads_q, head = row % p.heads_q;
+  const float inverse = r.weight == 0.0f ? 0.0f : 1.0f / r.weight;
+  std::uint8_t* out = static_cast<std::uint8_t*>(p.out) + request * p.out_stride.batch +
+                      token * p.out_stride.token + head * p.out_stride.head;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const int dim = 4 * lane + 128 * k;
+    const float* o = r.o + 4 * k;
+    if (p.out_f32) {
+      *reinterpret_cast<float4*>(out + dim * 4) =
+          make_float4(o[0] * inverse, o[1] * inverse, o[2] * inverse, o[3] * inverse);
+    } else {
+      *reinterpret_cast<uint2*>(out + dim * 2) =
+          make_uint2(ptx::cvt_bf16x2(o[0] * inverse, o[1] * inverse),
+                     ptx::cvt_bf16x2(o[2] * inverse, o[3] * inverse));
+    }
+  }
+  if (lane == 0 && p.lse) {
+    p.lse[request * p.lse_batch_stride + head * p.lse_head_stride + token * p.lse_token_stride] =
+        r.weight == 0.0f ? -INFINITY : 0.69314718055994530942f * (maximum + log2f(r.weight));
+  }
+}
+
+template <int kWarps>
+__global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ DecodeParams p) {
+  __shared__ float shared_o[kWarps > 1 ? kWarps : 1][512];
+  __shared__ float shared_weight[kWarps];
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, share = warp % kWarps;
+  const int row = (static_cast<int>(blockIdx.x) * (kThreads / 32) + warp) / kWarps;
+  if (row >= p.rows) return;  // kWarps > 1: the whole CTA at once
+  const int num_merged = *p.plan.num_merged;
+  for (int i = static_cast<int>(blockIdx.y); i < num_merged; i += static_cast<int>(gridDim.y)) {
+    const int request = p.plan.merged[i];
+    const int first = p.plan.split_begin[request], count = p.plan.split_count[request];
+    float maximum = -INFINITY;
+    for (int split = lane; split < count; split += 32)
+      maximum =
+          fmaxf(maximum, p.plan.lse_accum[static_cast<std::int64_t>(first + split) * p.rows + row]);
+    maximum = warp_max(maximum);
+    if (maximum == -INFINITY) maximum = 0.0f;  // all empty, or NaN, which must reach the output
+    Row r = merge(p, first, count, row, share, kWarps, maximum);
+    if constexpr (kWarps > 1) {
+      for (int k = 0; k < 16; ++k) shared_o[warp][k * 32 + lane] = r.o[k];
+      if (lane == 0) shared_weight[warp] = r.weight;
+      __syncthreads();
+      if (warp == 0) {
+        for (int w = 1; w < kWarps; ++w) {
+          r.weight += shared_weight[w];
+          for (int k = 0; k < 16; ++k) r.o[k] += shared_o[w][k * 32 + lane];
+        }
+      }
+      __syncthreads();
+    }
+    if (share == 0) write(p, request, row, r, maximum);
+  }
+}
+
+}  // namespace
+
+void launch_combine(const DecodeParams& p, cudaStream_t stream) {
+  constexpr int kWarpsPerCta = kThreads / 32;
+  // Few requests: their rows alone do not fill the GPU, so eight warps share one.
+  const auto requests = static_cast<unsigned>(p.batch);
+  if (p.batch <= 8) {
+    launch("combine", Ordering::kOverlap, combine_kernel<kWarpsPerCta>,
+           dim3(static_cast<unsigned>(p.rows), requests), dim3(kThreads), 0, stream, p);
+    return;
+  }
+  const auto groups = static_cast<unsigned>((p.rows + kWarpsPerCta - 1) / kWarpsPerCta);
+  const unsigned merged = requests < 128 ? requests : 128;  // the others come in the loop
+  launch("combine", Ordering::kOverlap, combine_kernel<1>, dim3(groups, merged), dim3(kThreads), 0,
+         stream, p);
+}
+
+}  // namespace snapmla::cuda

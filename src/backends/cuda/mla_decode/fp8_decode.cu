@@ -1,0 +1,36 @@
+#include "backends/cuda/mla_decode/fp8_kernel.h"
+
+#include "backends/cuda/launch.h"
+#include "backends/cuda/mla_decode/fp8_launch.h"
+
+namespace snapmla::cuda {
+namespace {
+
+template <int kRows, int kPBlock>
+void launch_instance(const DecodeParams& p, cudaStream_t stream) {
+  using Traits = Fp8DecodeTraits<kRows, kPBlock>;
+  constexpr int kSharedBytes = static_cast<int>(sizeof(Fp8SharedStorage<Traits>));
+  static_assert(kSharedBytes <= 232448, "shared memory of a Hopper CTA: 227 KiB");
+  const auto kernel = fp8_decode::fp8_decode_kernel<Traits>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+        "mla_decode: shared memory");
+  launch("mla_decode", Ordering::kOverlap, kernel,
+         dim3(static_cast<unsigned>(p.parts * p.row_tiles)), dim3(Traits::kThreads), kSharedBytes,
+         stream, p);
+}
+
+template <int kPBlock>
+void launch_rows(const DecodeParams& p, cudaStream_t stream) {
+  if (p.rows <= 16) return launch_instance<16, kPBlock>(p, stream);
+  if (p.rows <= 32) return launch_instance<32, kPBlock>(p, stream);
+  launch_instance<64, kPBlock>(p, stream);
+}
+
+}  // namespace
+
+void launch_mla_decode_fp8(const DecodeParams& p, int p_block, cudaStream_t stream) {
+  if (p_block == 64) return launch_rows<64>(p, stream);
+  launch_rows<128>(p, stream);
+}
+
+}  // namespace snapmla::cuda

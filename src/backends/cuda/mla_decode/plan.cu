@@ -1,0 +1,203 @@
+// One CTA computes the whole plan: costs, their prefix sums, and the items in order.
+#include <algorithm>
+
+#include "backends/cuda/launch.h"
+#include "backends/cuda/mla_decode/plan.h"
+#include "backends/cuda/ptx/pdl.h"
+
+namespace snapmla::cuda {
+namespace {
+constexpr int kPlanThreads = 1024;
+constexpr int kMaxParts = 512;
+}  // namespace
+
+PlanSizes plan_sizes(const DecodeShape& shape, int num_sms) {
+  PlanSizes s{};
+  s.rows = shape.heads_q * shape.seqlen_q;
+  s.row_tiles = (s.rows + kRowTile - 1) / kRowTile;
+  s.parts = std::clamp<std::int64_t>(num_sms / s.row_tiles, 1, kMaxParts);
+  s.max_tiles = (shape.max_pages * kPageSize + kTileTokens - 1) / kTileTokens;
+  const std::int64_t splits = (s.max_tiles + kTilesPerSplit - 1) / kTilesPerSplit;
+  // Balanced: each part boundary adds at most one item to one per request.
+  s.max_items =
+      shape.deterministic ? shape.batch * std::max<std::int64_t>(1, splits) : shape.batch + s.parts;
+  std::int64_t at = 0;
+  const auto take = [&at](std::int64_t bytes) {
+    const std::int64_t begin = at;
+    at += (bytes + 255) / 256 * 256;
+    return begin;
+  };
+  s.part_begin = take((s.parts + 1) * 4);
+  s.items = take(s.max_items * static_cast<std::int64_t>(sizeof(DecodeItem)));
+  s.split_begin = take(shape.batch * 4);
+  s.split_count = take(shape.batch * 4);
+  s.merged = take((shape.batch + 1) * 4);
+  s.lse_accum = take(s.max_items * s.rows * 4);
+  s.out_accum = take(s.max_items * s.rows * kKvLoraRank * 4);
+  s.total = at;
+  return s;
+}
+
+DecodePlanView plan_view(const PlanSizes& sizes, void* workspace) {
+  auto* base = static_cast<std::uint8_t*>(workspace);
+  return {reinterpret_cast<std::int32_t*>(base + sizes.part_begin),
+          reinterpret_cast<DecodeItem*>(base + sizes.items),
+          reinterpret_cast<std::int32_t*>(base + sizes.split_begin),
+          reinterpret_cast<std::int32_t*>(base + sizes.split_count),
+          reinterpret_cast<std::int32_t*>(base + sizes.merged),
+          reinterpret_cast<std::int32_t*>(base + sizes.merged) + 1,
+          reinterpret_cast<float*>(base + sizes.out_accum),
+          reinterpret_cast<float*>(base + sizes.lse_accum)};
+}
+
+namespace {
+
+struct PlanArgs {
+  const std::int32_t* cache_seqlens;
+  DecodePlanView view;
+  int batch, parts, max_tiles, max_items;
+  bool deterministic;
+};
+
+// Three running sums at once over the CTA; returns this thread's exclusive prefix, adds the total
+// to `base`.
+struct Sums {
+  long long cost;
+  int items, slots;
+};
+
+__device__ Sums exclusive_scan(Sums value, Sums& base, Sums* scratch) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  Sums sum = value;
+  for (int d = 1; d < 32; d *= 2) {
+    const long long cost = __shfl_up_sync(~0u, sum.cost, d);
+    const int items = __shfl_up_sync(~0u, sum.items, d), slots = __shfl_up_sync(~0u, sum.slots, d);
+    if (lane >= d) sum = {sum.cost + cost, sum.items + items, sum.slots + slots};
+  }
+  __syncthreads();
+  if (lane == 31) scratch[warp] = sum;
+  __syncthreads();
+  Sums before = base, total = base;
+  for (int w = 0; w < kPlanThreads / 32; ++w) {
+    if (w < warp) {
+      before = {before.cost + scratch[w].cost, before.items + scratch[w].items,
+                before.slots + scratch[w].slots};
+    }
+    total = {total.cost + scratch[w].cost, total.items + scratch[w].items,
+             total.slots + scratch[w].slots};
+  }
+  base = total;
+  return {before.cost + sum.cost - value.cost, before.items + sum.items - value.items,
+          before.slots + sum.slots - value.slots};
+}
+
+__device__ int tiles_of(const PlanArgs& a, int request) {
+  const int length = max(0, a.cache_seqlens[request]);
+  return min((length + kTileTokens - 1) / kTileTokens, a.max_tiles);
+}
+
+// Piece boundaries of one request, given the cost before it.
+struct Pieces {
+  int count, first_part;
+  long long start, share;  // balanced: first tile's position; cost per part
+};
+
+__device__ Pieces pieces_of(const PlanArgs& a, int tiles, long long cost_before, long long share) {
+  if (tiles == 0) return {0, 0, 0, share};
+  if (a.deterministic)
+    return {(tiles + kTilesPerSplit - 1) / kTilesPerSplit, 0, cost_before, share};
+  const long long start = cost_before + kItemCost;
+  const int first = static_cast<int>(start / share);
+  const int last = static_cast<int>((start + tiles - 1) / share);
+  return {last - first + 1, first, start, share};
+}
+
+__global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanArgs a) {
+  __shared__ Sums scratch[kPlanThreads / 32];
+  __shared__ int part_end[kMaxParts];
+  const int thread = static_cast<int>(threadIdx.x);
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  // Total cost first: shares depend on it.
+  Sums total{0, 0, 0};
+  for (int begin = 0; begin < a.batch; begin += kPlanThreads) {
+    const int b = begin + thread, tiles = b < a.batch ? tiles_of(a, b) : 0;
+    exclusive_scan({tiles ? tiles + kItemCost : 0, 0, 0}, total, scratch);
+  }
+  const long long share = max(1ll, (total.cost + a.parts - 1) / a.parts);
+  for (int part = thread; part < kMaxParts; part += kPlanThreads) part_end[part] = 0;
+  if (thread == 0) *a.view.num_merged = 0;
+  __syncthreads();
+
+  Sums base{0, 0, 0}, cost_base{0, 0, 0};
+  for (int begin = 0; begin < a.batch; begin += kPlanThreads) {
+    const int b = begin + thread, tiles = b < a.batch ? tiles_of(a, b) : 0;
+    const Sums cost = exclusive_scan({tiles ? tiles + kItemCost : 0, 0, 0}, cost_base, scratch);
+    const Pieces pieces = pieces_of(a, tiles, cost.cost, share);
+    const Sums at =
+        exclusive_scan({0, pieces.count, pieces.count > 1 ? pieces.count : 0}, base, scratch);
+    if (b >= a.batch) continue;
+    a.view.split_begin[b] = at.slots;
+    a.view.split_count[b] = pieces.count;
+    if (pieces.count != 1) a.view.merged[atomicAdd(a.view.num_merged, 1)] = b;
+    for (int i = 0; i < pieces.count; ++i) {
+      int tile_begin, tile_end, part;
+      if (a.deterministic) {
+        const int even = tiles / pieces.count, longer = tiles % pieces.count;
+        tile_begin = i * even + min(i, longer);
+        tile_end = tile_begin + even + (i < longer ? 1 : 0);
+        part = static_cast<int>(
+            min((cost.cost + tile_begin) / share, static_cast<long long>(a.parts - 1)));
+      } else {
+        part = pieces.first_part + i;
+        const auto cut = [&](int boundary) {
+          return static_cast<int>(
+              min(max(boundary * share - pieces.start, 0ll), static_cast<long long>(tiles)));
+        };
+        tile_begin = cut(part);
+        tile_end = cut(part + 1);
+      }
+      const int index = at.items + i;
+      a.view.items[index] = {b, tile_begin, tile_end, pieces.count > 1 ? at.slots + i : -1};
+      atomicMax(&part_end[part], index + 1);
+    }
+  }
+  __syncthreads();
+  // A part without items ends where the one before it ends: prefix maximum by one warp.
+  if (thread < 32) {
+    constexpr int kEach = kMaxParts / 32;
+    int end[kEach], largest = 0;
+    for (int i = 0; i < kEach; ++i) {
+      largest = max(largest, part_end[thread * kEach + i]);
+      end[i] = largest;
+    }
+    for (int d = 1; d < 32; d *= 2) {
+      const int other = __shfl_up_sync(~0u, largest, d);
+      if (thread >= d) largest = max(largest, other);
+    }
+    const int before = __shfl_up_sync(~0u, largest, 1);
+    if (thread == 0) a.view.part_begin[0] = 0;
+    for (int i = 0; i < kEach; ++i) {
+      const int part = thread * kEach + i;
+      if (part < a.parts) a.view.part_begin[part + 1] = max(end[i], thread ? before : 0);
+    }
+  }
+}
+
+}  // namespace
+
+void launch_plan(const DecodeShape& shape, const PlanSizes& sizes,
+                 const std::int32_t* cache_seqlens, const DecodePlanView& view,
+                 cudaStream_t stream) {
+  const PlanArgs args{cache_seqlens,
+                      view,
+                      static_cast<int>(shape.batch),
+                      static_cast<int>(sizes.parts),
+                      static_cast<int>(sizes.max_tiles),
+                      static_cast<int>(sizes.max_items),
+                      shape.deterministic};
+  launch("plan_decode", Ordering::kOverlap, plan_kernel, dim3(1), dim3(kPlanThreads), 0, stream,
+         args);
+}
+
+}  // namespace snapmla::cuda

@@ -1,0 +1,34 @@
+// The split plan on the device, and where it lies in the workspace.
+//
+// Balanced: the batch's tiles, request after request with kItemCost tiles of overhead each, are cut
+// into `parts` equal shares (stream-K). Deterministic: a request of n tiles is cut into
+// ceil(n / kTilesPerSplit) even pieces by its own length alone, and whole pieces are dealt to parts
+// in order, so that a row's bits do not depend on what else is in the batch.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "backends/cuda/mla_decode/decode_params.h"
+#include "snapmla/cuda.h"
+
+namespace snapmla::cuda {
+
+inline constexpr int kItemCost = 2;        // tiles that starting and ending an item cost, about
+inline constexpr int kTilesPerSplit = 32;  // deterministic mode: 4096 tokens
+
+// Sizes that follow from a shape and the GPU's number of SMs.
+struct PlanSizes {
+  std::int64_t rows, row_tiles, parts, max_tiles, max_items;
+  std::int64_t part_begin, items, split_begin, split_count, merged, lse_accum, out_accum,
+      total;  // offsets
+};
+PlanSizes plan_sizes(const DecodeShape& shape, int num_sms);
+DecodePlanView plan_view(const PlanSizes& sizes, void* workspace);
+
+void launch_plan(const DecodeShape& shape, const PlanSizes& sizes,
+                 const std::int32_t* cache_seqlens, const DecodePlanView& view,
+                 cudaStream_t stream);
+
+}  // namespace snapmla::cuda
