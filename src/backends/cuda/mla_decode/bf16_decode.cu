@@ -1,0 +1,20 @@
+// Launch of the BF16 decode kernel.
+// PTXAS: no-spill
+#include "backends/cuda/mla_decode/bf16_decode.h"
+
+#include "backends/cuda/launch.h"
+#include "backends/cuda/mla_decode/bf16_kernel.h"
+
+namespace snapmla::cuda {
+
+void launch_mla_decode_bf16(const DecodeParams& params, cudaStream_t stream) {
+  constexpr int kSharedBytes = static_cast<int>(sizeof(bf16_decode::SharedStorage));
+  const auto kernel = &bf16_decode::kernel<bf16_decode::DefaultTuning>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+        "mla_decode (bf16): shared memory");
+  launch("mla_decode (bf16)", Ordering::kOverlap, kernel,
+         dim3(static_cast<unsigned>(params.parts * params.row_tiles)), dim3(bf16_decode::kThreads),
+         kSharedBytes, stream, params);
+}
+
+}  // namespace snapmla::cuda

@@ -1,0 +1,419 @@
+// Absorbed MLA decode over the BF16 cache: S = Q K^T, online softmax, O = P V, V = latent of K.
+//
+//   rows of a CTA: 64 of the seqlen_q * heads_q flattened rows; tile: 128 tokens, two pages
+//   Q [64 x 576] bf16, page [64 x 576] bf16 (512 latent, 64 rope), O [64 x 512] f32 in registers
+//
+// Grid: parts * row_tiles CTAs of 384 threads, one per SM. Each walks the items of its part.
+//   warpgroup 0 (40 registers)   warps 0, 1: pages of slot 0, 1; warps 2, 3: queries
+//   warpgroup 1, "even"          scores of even pages; output dims 0-255 ("L")
+//   warpgroup 2, "odd"           scores of odd pages; output dims 256-511 ("R")
+//
+// O fills the registers of two warpgroups, so there is no second O to alternate with: as in
+// FlashMLA's "seesaw", the warpgroups score one page each, own half of the output dims each, and
+// exchange P through shared memory. What is different here: the softmax reference is lazy
+// (bf16_softmax.h), so P of the even page is handed over at once and neither P nor O is rescaled;
+// P travels in fragment layout, thread to thread; copying warps issue plain bulk copies.
+//
+//   time   ->
+//   tensor   | QK e     | QK o     | PV e (L and R)   | PV o (L and R)   | QK e+2   | ...
+//   even     | issue QK | softmax e| PV e L           | PV o L           | issue QK |
+//   odd      |          | issue QK | PV e R, softmax o| PV o R           |          | issue QK
+//   copies     slot 0 is refilled group by group during PV e, slot 1 during PV o
+//
+// The tensor core is the limit at 128 rows: per tile 2304 clocks of QK and 2048 of PV. The ring has
+// two pages and no more fits, so what decides is how early each group of a page is released.
+//
+// Shared memory (bytes): query 73,728; ring 2 x 73,728; P 8,192; sums and barriers 2,500.
+#pragma once
+
+#include "backends/cuda/mla_decode/bf16_load.h"
+#include "backends/cuda/mla_decode/bf16_softmax.h"
+#include "backends/cuda/mla_decode/bf16_storage.h"
+#include "backends/cuda/mla_decode/bf16_store.h"
+#include "backends/cuda/mla_decode/decode_params.h"
+#include "backends/cuda/ptx/barrier.h"
+#include "backends/cuda/ptx/fence.h"
+#include "backends/cuda/ptx/mbarrier.h"
+#include "backends/cuda/ptx/pdl.h"
+#include "backends/cuda/ptx/wgmma.h"
+#include "backends/cuda/ptx/wgmma_bf16.h"
+
+namespace snapmla::cuda::bf16_decode {
+
+// Choices that change time, not results.
+struct DefaultTuning {
+  static constexpr bool kScoreOrder = true;    // odd scores are issued after even ones
+  static constexpr bool kEagerScores = false;  // next even scores before all of PV is awaited
+  static constexpr bool kEvictFirst = true;    // L2 policy of page copies
+};
+
+// What a math warpgroup keeps while it works on an item.
+struct MathState {
+  float o[2][64];  // [half of the warpgroup's 256 dims][accumulators of 128 dims]
+  float score[32];
+  std::uint32_t p[4][4];
+  RowPair rows;
+  int visible[2];  // keys that the lane's rows g and g + 8 see
+  int length;      // keys of the request
+  int unmasked;    // keys that every row of the tile sees
+  float scale;
+  bool live;  // the warp has rows that exist
+};
+
+__device__ __forceinline__ int thread_in_group() { return static_cast<int>(threadIdx.x) & 127; }
+
+// ---- matrix products ----
+
+// The address, unknown to the compiler from here on: descriptors are cheap to make from it where
+// they are used, and would spill if all of them were computed ahead of the loops.
+struct Operand {
+  std::uint32_t low, high;
+  __device__ std::uint64_t at(int bytes) const {
+    return std::uint64_t{high} << 32 | (low + static_cast<std::uint32_t>(bytes >> 4));
+  }
+};
+
+__device__ __forceinline__ Operand operand(const void* shared, std::uint32_t leading_bytes) {
+  std::uint32_t address = ptx::shared_address(shared);
+  asm volatile("" : "+r"(address));
+  const std::uint64_t d = ptx::descriptor_swizzle128(address, leading_bytes, 1024);
+  return {static_cast<std::uint32_t>(d), static_cast<std::uint32_t>(d >> 32)};
+}
+
+// Issues the scores of the page in the slot, groups [kFrom, kTo) of its order.
+template <int kSlot, int kFrom, int kTo>
+__device__ __forceinline__ void issue_scores(SharedStorage& s, std::uint32_t parity,
+                                             float (&score)[32]) {
+  const Operand query = operand(s.query, 16), keys = operand(s.keys[kSlot], 16);  // K-major
+#pragma unroll
+  for (int i = kFrom; i < kTo; ++i) {
+    const int g = group_order(kSlot, i);
+    wait(s.full[kSlot][g], parity);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int c = first_chunk(g); c < first_chunk(g) + chunk_count(g); ++c) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int at = c * kChunkBytes + k * 32;
+        ptx::wgmma_ss_m64n64k16_bf16(score, query.at(at), keys.at(at),
+                                     i > 0 || c > first_chunk(g) || k > 0);
+      }
+    }
+  }
+  ptx::wgmma_commit();
+}
+
+// Issues O += P V for the warpgroup's dims, as two groups of 128 dims.
+template <int kSlot, int kHalf>
+__device__ __forceinline__ void issue_values(SharedStorage& s, MathState& m) {
+  // MN-major: a row is a token (k) and holds the 64 output dims of a chunk.
+  const Operand values = operand(s.keys[kSlot][kHalf * 4], kChunkBytes);
+  ptx::pin_registers(m.o[0]);
+  ptx::pin_registers(m.o[1]);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) ptx::pin_registers(m.p[k]);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      ptx::wgmma_rs_m64n128k16_bf16_mn(m.o[h], m.p[k], values.at(h * 2 * kChunkBytes + k * 2048),
+                                       1);
+    }
+    ptx::wgmma_commit();
+  }
+}
+
+// Awaits both and releases their chunks.
+template <int kSlot, int kHalf>
+__device__ __forceinline__ void finish_values(SharedStorage& s, MathState& m) {
+  ptx::wgmma_wait<1>();
+  arrive_warp(s.empty[kSlot][1 + kHalf * 2]);
+  ptx::wgmma_wait<0>();
+  arrive_warp(s.empty[kSlot][2 + kHalf * 2]);
+  ptx::pin_registers(m.o[0]);
+  ptx::pin_registers(m.o[1]);
+}
+
+// Awaits the scores of the page in the slot and releases its rope chunk.
+template <int kSlot>
+__device__ __forceinline__ void finish_scores(SharedStorage& s, MathState& m) {
+  ptx::wgmma_wait<0>();
+  ptx::pin_registers(m.score);
+  arrive_warp(s.empty[kSlot][0]);
+}
+
+__device__ __forceinline__ void rescale_output(MathState& m, float2 factor) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int i = 0; i < 64; i += 4) {
+      m.o[h][i] *= factor.x;
+      m.o[h][i + 1] *= factor.x;
+      m.o[h][i + 2] *= factor.y;
+      m.o[h][i + 3] *= factor.y;
+    }
+  }
+}
+
+// ---- softmax of the warpgroup's own page, exchange of P ----
+
+// Tokens past the end of a request may hold NaN, and 0 * NaN is NaN: their V becomes zero. All
+// threads of the warpgroup that scored the page, after its scores are complete.
+template <int kSlot>
+__device__ void zero_tail(SharedStorage& s, int valid) {
+  const int chunk = (thread_in_group() & 63) >> 3, unit = thread_in_group() & 7;
+  for (int token = valid + (thread_in_group() >> 6); token < kPageTokens; token += 2) {
+    *reinterpret_cast<uint4*>(&s.keys[kSlot][chunk][token * 128 + unit * 16]) =
+        make_uint4(0, 0, 0, 0);
+  }
+  ptx::fence_proxy_async_shared();
+  ptx::barrier_sync(kFilled + kSlot, 128);
+}
+
+// Scores -> P. Returns true if O must be multiplied by `rescale` first.
+template <int kSlot>
+__device__ __forceinline__ bool softmax_page(SharedStorage& s, MathState& m, int page,
+                                             float2& rescale) {
+  const int first_key = page * kPageTokens;
+  rescale = make_float2(1.0f, 1.0f);
+  if (first_key + kPageTokens > m.unmasked) {
+    mask_scores(m.score, first_key + (thread_in_group() & 3) * 2, m.visible);
+    if (first_key + kPageTokens > m.length) zero_tail<kSlot>(s, m.length - first_key);
+  }
+  if (m.live) return online_softmax(m.score, m.p, m.rows, m.scale, rescale);
+#pragma unroll
+  for (int k = 0; k < 16; ++k) m.p[k >> 2][k & 3] = 0;
+  return false;
+}
+
+__device__ __forceinline__ void publish_p(SharedStorage& s, const MathState& m) {
+  const int thread = thread_in_group();
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+    s.p[k][thread] = make_uint4(m.p[k][0], m.p[k][1], m.p[k][2], m.p[k][3]);
+  if ((thread & 3) == 0) {
+    const int row = (thread >> 5) * 16 + ((thread & 31) >> 2);
+    s.reference[row] = m.rows.reference[0];
+    s.reference[row + 8] = m.rows.reference[1];
+  }
+}
+
+// Takes the other warpgroup's P, and its references if they have moved. O is not in flight.
+__device__ __forceinline__ void adopt_p(const SharedStorage& s, MathState& m) {
+  const int thread = thread_in_group();
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const uint4 v = s.p[k][thread];
+    m.p[k][0] = v.x, m.p[k][1] = v.y, m.p[k][2] = v.z, m.p[k][3] = v.w;
+  }
+  const int row = (thread >> 5) * 16 + ((thread & 31) >> 2);
+  const float theirs[2] = {s.reference[row], s.reference[row + 8]};
+  if (__any_sync(kAllLanes, theirs[0] != m.rows.reference[0] || theirs[1] != m.rows.reference[1]))
+    rescale_output(m, move_reference(m.rows, theirs[0], theirs[1]));
+}
+
+// ---- the two warpgroups ----
+
+// `page`: the even page of the tile, its scores complete. kTwo: the tile has an odd page. kNext: a
+// tile follows; its scores are complete on return. `order`: that tile has two pages.
+template <class Tuning, bool kTwo, bool kNext>
+__device__ __forceinline__ void even_tile(SharedStorage& s, MathState& m, int page,
+                                          std::uint32_t& parity, bool order) {
+  static_assert(kTwo || !kNext, "only the last tile of an item may have one page");
+  float2 rescale;
+  if (softmax_page<0>(s, m, page, rescale)) rescale_output(m, rescale);
+  publish_p(s, m);
+  issue_values<0, 0>(s, m);
+  ptx::barrier_arrive(kEvenReady, 256);
+  finish_values<0, 0>(s, m);
+  if constexpr (kTwo) {
+    ptx::barrier_sync(kOddReady, 256);
+    adopt_p(s, m);
+    issue_values<1, 0>(s, m);
+    if constexpr (kNext && Tuning::kEagerScores) {
+      ptx::wgmma_wait<1>();
+      arrive_warp(s.empty[1][1]);
+      ptx::pin_registers(m.score);
+      issue_scores<0, 0, 2>(s, parity, m.score);
+      ptx::wgmma_wait<1>();
+      arrive_warp(s.empty[1][2]);
+      issue_scores<0, 2, kGroups>(s, parity, m.score);
+    } else {
+      finish_values<1, 0>(s, m);
+      if constexpr (kNext) {
+        ptx::pin_registers(m.score);
+        issue_scores<0, 0, kGroups>(s, parity, m.score);
+      }
+    }
+    if constexpr (kNext) {
+      if (Tuning::kScoreOrder && order) ptx::barrier_arrive(kScoresIssued, 256);
+      finish_scores<0>(s, m);
+      ptx::pin_registers(m.o[0]);
+      ptx::pin_registers(m.o[1]);
+      parity ^= 1;
+    }
+  }
+}
+
+// `page`: the odd page of the tile, its scores complete. kNext: another odd page follows.
+template <class Tuning, bool kNext>
+__device__ __forceinline__ void odd_tile(SharedStorage& s, MathState& m, int page,
+                                         std::uint32_t& parity) {
+  ptx::barrier_sync(kEvenReady, 256);
+  adopt_p(s, m);
+  issue_values<0, 1>(s, m);
+  // The softmax writes its own P: the registers of the even P are still being read.
+  std::uint32_t even_p[4][4];
+#pragma unroll
+  for (int k = 0; k < 16; ++k) even_p[k >> 2][k & 3] = m.p[k >> 2][k & 3];
+  float2 rescale;
+  const bool moved = softmax_page<1>(s, m, page, rescale);
+  publish_p(s, m);
+  ptx::barrier_arrive(kOddReady, 256);
+  finish_values<0, 1>(s, m);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) ptx::pin_registers(even_p[k]);
+  if (moved) rescale_output(m, rescale);
+  issue_values<1, 1>(s, m);
+  finish_values<1, 1>(s, m);
+  if constexpr (kNext) {
+    if (Tuning::kScoreOrder) ptx::barrier_sync(kScoresIssued, 256);
+    ptx::pin_registers(m.score);
+    issue_scores<1, 0, kGroups>(s, parity, m.score);
+    finish_scores<1>(s, m);
+    parity ^= 1;
+  }
+}
+
+// Sets up an item; O and the sums start from zero.
+__device__ __forceinline__ void begin_item(const DecodeParams& p, MathState& m, int length,
+                                           int row_begin) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) m.o[h][i] = 0.0f;
+  }
+  reset(m.rows);
+  // Causal, bottom right: query token t sees keys before length - seqlen_q + t + 1.
+  const auto visible = [&](int row) {
+    const int token = min(row / p.heads_q, p.seqlen_q - 1);
+    return length - p.seqlen_q + token + 1;
+  };
+  const int row = row_begin + (thread_in_group() >> 5) * 16 + ((thread_in_group() & 31) >> 2);
+  m.length = length;
+  m.visible[0] = visible(row);
+  m.visible[1] = visible(row + 8);
+  m.unmasked = visible(row_begin);
+}
+
+template <class Tuning>
+__device__ void compute_even(const DecodeParams& p, SharedStorage& s, int item_begin, int item_end,
+                             int row_begin) {
+  MathState m;
+  m.scale = p.scale_log2e;
+  m.live = row_begin + (thread_in_group() >> 5) * 16 < p.rows;
+  std::uint32_t parity = 0, item_parity = 0;
+  for (int i = item_begin; i < item_end; ++i, item_parity ^= 1) {
+    if (i + 1 == item_end) ptx::griddepcontrol_launch_dependents();
+    const DecodeItem item = p.plan.items[i];
+    const PageRange pages = page_range(item, p.cache_seqlens[item.request]);
+    begin_item(p, m, p.cache_seqlens[item.request], row_begin);
+    wait(s.query_full, item_parity);
+    ptx::pin_registers(m.score);
+    issue_scores<0, 0, kGroups>(s, parity, m.score);
+    if (Tuning::kScoreOrder && pages.first + 1 < pages.end) ptx::barrier_arrive(kScoresIssued, 256);
+    finish_scores<0>(s, m);
+    parity ^= 1;
+    int page = pages.first;
+    for (; page + 2 < pages.end; page += 2)
+      even_tile<Tuning, true, true>(s, m, page, parity, page + 3 < pages.end);
+    arrive_warp(s.query_empty);
+    if (page + 1 < pages.end) {
+      even_tile<Tuning, true, false>(s, m, page, parity, false);
+    } else {
+      even_tile<Tuning, false, false>(s, m, page, parity, false);
+    }
+    store_item<0>(p, s, item, m.o, m.rows, row_begin, item_parity);
+  }
+}
+
+template <class Tuning>
+__device__ void compute_odd(const DecodeParams& p, SharedStorage& s, int item_begin, int item_end,
+                            int row_begin) {
+  MathState m;
+  m.scale = p.scale_log2e;
+  m.live = row_begin + (thread_in_group() >> 5) * 16 < p.rows;
+  std::uint32_t parity = 0, item_parity = 0;
+  for (int i = item_begin; i < item_end; ++i, item_parity ^= 1) {
+    const DecodeItem item = p.plan.items[i];
+    const PageRange pages = page_range(item, p.cache_seqlens[item.request]);
+    begin_item(p, m, p.cache_seqlens[item.request], row_begin);
+    int page = pages.first + 1;
+    if (page < pages.end) {
+      wait(s.query_full, item_parity);
+      if (Tuning::kScoreOrder) ptx::barrier_sync(kScoresIssued, 256);
+      ptx::pin_registers(m.score);
+      issue_scores<1, 0, kGroups>(s, parity, m.score);
+      finish_scores<1>(s, m);
+      parity ^= 1;
+      for (; page + 2 < pages.end; page += 2) odd_tile<Tuning, true>(s, m, page, parity);
+      arrive_warp(s.query_empty);
+      odd_tile<Tuning, false>(s, m, page, parity);
+    } else {
+      arrive_warp(s.query_empty);
+    }
+    if ((pages.end - pages.first) & 1) {  // the last tile has no odd page
+      ptx::barrier_sync(kEvenReady, 256);
+      adopt_p(s, m);
+      issue_values<0, 1>(s, m);
+      finish_values<0, 1>(s, m);
+    }
+    store_item<1>(p, s, item, m.o, m.rows, row_begin, item_parity);
+  }
+}
+
+__device__ __forceinline__ void init_barriers(SharedStorage& s) {
+  const auto init = [](std::uint64_t& barrier, std::uint32_t arrivals) {
+    ptx::mbarrier_init(ptx::shared_address(&barrier), arrivals);
+  };
+  for (int slot = 0; slot < 2; ++slot) {
+    for (int g = 0; g < kGroups; ++g) {
+      init(s.full[slot][g], 1);
+      init(s.empty[slot][g], 4);
+    }
+  }
+  init(s.query_full, 2);
+  init(s.query_empty, 8);
+  ptx::fence_mbarrier_init();
+}
+
+template <class Tuning>
+__global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ DecodeParams p) {
+  extern __shared__ __align__(1024) std::uint8_t shared_bytes[];
+  SharedStorage& s = *reinterpret_cast<SharedStorage*>(shared_bytes);
+  const int part = static_cast<int>(blockIdx.x) / p.row_tiles;
+  const int row_begin = (static_cast<int>(blockIdx.x) - part * p.row_tiles) * kRowTile;
+  if (threadIdx.x == 0) init_barriers(s);
+  __syncthreads();
+  ptx::griddepcontrol_wait();  // the plan, the queries and the cache come from earlier kernels
+  const int item_begin = p.plan.part_begin[part], item_end = p.plan.part_begin[part + 1];
+  if (threadIdx.x < 128) {
+    ptx::setmaxnreg_dec<kLoadRegisters>();
+    if (threadIdx.x == 0) {
+      copy_pages<0, Tuning::kEvictFirst>(p, s, item_begin, item_end);
+    } else if (threadIdx.x == 32) {
+      copy_pages<1, Tuning::kEvictFirst>(p, s, item_begin, item_end);
+    } else if (threadIdx.x >= 64) {
+      load_queries(p, s, item_begin, item_end, row_begin);
+    }
+  } else if (threadIdx.x < 256) {
+    ptx::setmaxnreg_inc<kMathRegisters>();
+    compute_even<Tuning>(p, s, item_begin, item_end, row_begin);
+  } else {
+    ptx::setmaxnreg_inc<kMathRegisters>();
+    compute_odd<Tuning>(p, s, item_begin, item_end, row_begin);
+  }
+}
+
+}  // namespace snapmla::cuda::bf16_decode

@@ -1,0 +1,103 @@
+// The copying warps of the BF16 decode kernel: pages into the ring, queries into the swizzled
+// image.
+#pragma once
+
+#include "backends/cuda/mla_decode/bf16_storage.h"
+#include "backends/cuda/mla_decode/decode_params.h"
+#include "backends/cuda/ptx/bulk_copy.h"
+#include "backends/cuda/ptx/fence.h"
+#include "backends/cuda/ptx/mbarrier.h"
+#include "backends/cuda/ptx/shared.h"
+
+namespace snapmla::cuda::bf16_decode {
+
+__device__ __forceinline__ void wait(std::uint64_t& barrier, std::uint32_t parity) {
+  ptx::mbarrier_wait(ptx::shared_address(&barrier), parity);
+}
+
+// All lanes of the warp are done with what the barrier guards.
+__device__ __forceinline__ void arrive_warp(std::uint64_t& barrier) {
+  __syncwarp();
+  if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(ptx::shared_address(&barrier));
+}
+
+// Pages [first, end) of the request that an item covers.
+struct PageRange {
+  int first, end;
+};
+
+__device__ __forceinline__ PageRange page_range(const DecodeItem& item, int length) {
+  return {item.tile_begin * 2, min(item.tile_end * 2, (length + kPageTokens - 1) / kPageTokens)};
+}
+
+// One thread per slot: every second page of each item. Entries of the block table past the
+// request's last page are not read. kEvictFirst: a page is read by this row tile's CTA only once.
+template <int kSlot, bool kEvictFirst>
+__device__ void copy_pages(const DecodeParams& p, SharedStorage& s, int item_begin, int item_end) {
+  std::uint64_t policy = 0;
+  if constexpr (kEvictFirst) policy = ptx::l2_policy_evict_first();
+  std::uint32_t parity = 1;  // the first pass over the ring finds it empty
+  for (int i = item_begin; i < item_end; ++i) {
+    const DecodeItem item = p.plan.items[i];
+    const PageRange pages = page_range(item, p.cache_seqlens[item.request]);
+    const std::int32_t* table = p.block_table + item.request * p.table_stride;
+    int page = pages.first + kSlot;
+    std::int64_t next = page < pages.end ? table[page] : 0;
+    for (; page < pages.end; page += 2, parity ^= 1) {
+      const std::uint8_t* latent = p.kv_latent + next * p.latent_page_stride;
+      const std::uint8_t* rope = p.kv_rope + next * p.rope_page_stride;
+      if (page + 2 < pages.end) next = table[page + 2];  // ahead of the waits, to hide its latency
+#pragma unroll
+      for (int o = 0; o < kGroups; ++o) {
+        const int g = group_order(kSlot, o), chunk = first_chunk(g);
+        const std::uint32_t bytes = static_cast<std::uint32_t>(chunk_count(g) * kChunkBytes);
+        const std::uint8_t* from = g == 0 ? rope : latent + chunk * kChunkBytes;
+        const std::uint32_t to = ptx::shared_address(s.keys[kSlot][chunk]);
+        const std::uint32_t full = ptx::shared_address(&s.full[kSlot][g]);
+        wait(s.empty[kSlot][g], parity);
+        ptx::mbarrier_arrive_expect_tx(full, bytes);
+        if constexpr (kEvictFirst) {
+          ptx::bulk_copy_g2s(to, from, bytes, full, policy);
+        } else {
+          ptx::bulk_copy_g2s(to, from, bytes, full);
+        }
+      }
+    }
+  }
+}
+
+// 64 threads: 64 rows of each item's query; rows past the last become zeros and are not read.
+__device__ inline void load_queries(const DecodeParams& p, SharedStorage& s, int item_begin,
+                                    int item_end, int row_begin) {
+  const int unit = static_cast<int>(threadIdx.x) & 7;
+  const int first_row = (static_cast<int>(threadIdx.x) & 63) >> 3;
+  std::uint32_t parity = 1;
+  for (int i = item_begin; i < item_end; ++i, parity ^= 1) {
+    const std::int64_t request = p.plan.items[i].request;
+    wait(s.query_empty, parity);
+#pragma unroll 1
+    for (int r = first_row; r < kRowTile; r += 8) {
+      const int row = row_begin + r;
+      const bool exists = row < p.rows;
+      const int token = exists ? row / p.heads_q : 0, head = exists ? row - token * p.heads_q : 0;
+      const std::uint8_t* latent = p.q_latent + request * p.q_latent_stride.batch +
+                                   token * p.q_latent_stride.token + head * p.q_latent_stride.head +
+                                   unit * 16;
+      const std::uint8_t* rope = p.q_rope + request * p.q_rope_stride.batch +
+                                 token * p.q_rope_stride.token + head * p.q_rope_stride.head +
+                                 unit * 16;
+      const std::uint32_t bytes = exists ? 16 : 0;
+      const std::uint32_t to = ptx::shared_address(s.query) +
+                               static_cast<std::uint32_t>(r * 128 + ((unit ^ (r & 7)) << 4));
+#pragma unroll
+      for (int c = 0; c < kLatentChunks; ++c)
+        ptx::cp_async_16(to + static_cast<std::uint32_t>(c * kChunkBytes), latent + c * 128, bytes);
+      ptx::cp_async_16(to + kRopeChunk * kChunkBytes, rope, bytes);
+    }
+    ptx::cp_async_wait_all();
+    ptx::fence_proxy_async_shared();
+    arrive_warp(s.query_full);
+  }
+}
+
+}  // namespace snapmla::cuda::bf16_decode
