@@ -3,6 +3,8 @@
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>
 
+#include <algorithm>
+
 #include "base/check.h"
 
 namespace snapmla::model {
@@ -25,6 +27,16 @@ std::string quote(const std::string& literal) {
   return out;
 }
 
+SplitBehavior behavior_of(const JsonObject& step) {
+  const std::string name = step.string_or("behavior", "Isolated");
+  if (name == "Isolated") return SplitBehavior::kIsolated;
+  if (name == "Removed") return SplitBehavior::kRemoved;
+  if (name == "MergedWithPrevious") return SplitBehavior::kMergedWithPrevious;
+  if (name == "MergedWithNext") return SplitBehavior::kMergedWithNext;
+  if (name == "Contiguous") return SplitBehavior::kContiguous;
+  step.refuse("behavior", "Isolated, Removed, MergedWithPrevious, MergedWithNext or Contiguous");
+}
+
 void add_step(const JsonObject& step, const std::string& file, std::vector<SplitStep>& steps,
               int depth) {
   const std::string type = step.string("type");
@@ -35,11 +47,10 @@ void add_step(const JsonObject& step, const std::string& file, std::vector<Split
     for (const nlohmann::json& item : list)
       add_step(JsonObject(item, file, "pre_tokenizer"), file, steps, depth + 1);
   } else if (type == "Split") {
-    if (step.string_or("behavior", "Isolated") != "Isolated") step.refuse("behavior", "Isolated");
-    if (step.boolean_or("invert", false)) step.refuse("invert", "false");
     const JsonObject pattern = step.object("pattern");
     steps.emplace_back(
-        pattern.has("Regex") ? pattern.string("Regex") : quote(pattern.string("String")), file);
+        pattern.has("Regex") ? pattern.string("Regex") : quote(pattern.string("String")), file,
+        behavior_of(step), step.boolean_or("invert", false));
   } else if (type == "Digits") {
     steps.emplace_back(step.boolean_or("individual_digits", false) ? "\\p{N}" : "\\p{N}+", file);
   } else if (type == "ByteLevel") {
@@ -64,8 +75,9 @@ struct SplitStep::Impl {
   }
 };
 
-SplitStep::SplitStep(const std::string& pattern, const std::string& file)
-    : impl_(std::make_unique<Impl>()) {
+SplitStep::SplitStep(const std::string& pattern, const std::string& file, SplitBehavior behavior,
+                     bool invert)
+    : impl_(std::make_unique<Impl>()), behavior_(behavior), invert_(invert) {
   impl_->file = file;
   if (pattern.empty() || pattern.size() > kMaxPattern) {
     throw Error(ErrorCode::kInvalidFile, str(file, ": pre_tokenizer pattern: got ", pattern.size(),
@@ -91,11 +103,15 @@ SplitStep::SplitStep(const std::string& pattern, const std::string& file)
 SplitStep::~SplitStep() = default;
 SplitStep::SplitStep(SplitStep&&) noexcept = default;
 
-void SplitStep::split(std::string_view text, std::vector<std::string_view>& pieces) const {
+// Matches and what lies between them, in order. A match may be empty (a look-ahead): it still ends
+// the part before it. No empty match directly after another match.
+std::vector<SplitStep::Part> SplitStep::parts(std::string_view text) const {
   const std::unique_ptr<pcre2_match_data, decltype(&pcre2_match_data_free)> match(
       pcre2_match_data_create_from_pattern(impl_->code, nullptr), pcre2_match_data_free);
+  std::vector<Part> found_parts;
   std::size_t done = 0, at = 0;
-  while (at < text.size()) {
+  bool any = false;
+  while (at <= text.size()) {
     const int found =
         pcre2_match(impl_->code, reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), at,
                     at ? PCRE2_NO_UTF_CHECK : 0, match.get(), impl_->context);
@@ -108,16 +124,51 @@ void SplitStep::split(std::string_view text, std::vector<std::string_view>& piec
                       " bytes: ", reinterpret_cast<const char*>(message)));
     }
     const PCRE2_SIZE* span = pcre2_get_ovector_pointer(match.get());
-    if (span[1] <= span[0]) {  // an empty match splits nothing; step over one character
-      at = span[0] + 1;
+    // \K in a look-around can make a match end before it starts.
+    const std::size_t begin = std::max<std::size_t>(span[0], done), end = span[1];
+    if (end <= begin) {
+      if (end == begin && !(any && begin == done)) {
+        if (begin > done) found_parts.push_back({done, begin, invert_});
+        found_parts.push_back({begin, begin, !invert_});
+        done = begin;
+        any = true;
+      }
+      at = begin + 1;
       while (at < text.size() && (static_cast<unsigned char>(text[at]) & 0xc0) == 0x80) ++at;
       continue;
     }
-    if (span[0] > done) pieces.push_back(text.substr(done, span[0] - done));
-    pieces.push_back(text.substr(span[0], span[1] - span[0]));
-    done = at = span[1];
+    if (begin > done) found_parts.push_back({done, begin, invert_});
+    found_parts.push_back({begin, end, !invert_});
+    done = at = end;
+    any = true;
   }
-  if (done < text.size()) pieces.push_back(text.substr(done));
+  if (done < text.size()) found_parts.push_back({done, text.size(), invert_});
+  return found_parts;
+}
+
+void SplitStep::split(std::string_view text, std::vector<std::string_view>& pieces) const {
+  if (text.empty()) return;
+  std::vector<Part> list = parts(text), merged;
+  if (behavior_ == SplitBehavior::kMergedWithNext) std::reverse(list.begin(), list.end());
+  bool previous = false;  // whether the part before (after, for kMergedWithNext) was a match
+  for (const Part& part : list) {
+    const bool glue = behavior_ == SplitBehavior::kContiguous ? part.match == previous
+                      : behavior_ == SplitBehavior::kMergedWithPrevious ||
+                              behavior_ == SplitBehavior::kMergedWithNext
+                          ? part.match && !previous
+                          : false;
+    previous = part.match;
+    if (glue && !merged.empty()) {
+      merged.back().begin = std::min(merged.back().begin, part.begin);
+      merged.back().end = std::max(merged.back().end, part.end);
+    } else if (behavior_ != SplitBehavior::kRemoved || !part.match) {
+      merged.push_back(part);
+    }
+  }
+  if (behavior_ == SplitBehavior::kMergedWithNext) std::reverse(merged.begin(), merged.end());
+  for (const Part& part : merged) {
+    if (part.end > part.begin) pieces.push_back(text.substr(part.begin, part.end - part.begin));
+  }
 }
 
 std::vector<SplitStep> build_pre_tokenizer(const JsonObject& tokenizer, const std::string& file) {

@@ -36,6 +36,8 @@ struct AddedToken {
   std::string content;
   std::int32_t id = 0;
   bool special = false, lstrip = false, rstrip = false, single_word = false;
+  // Looked for only in what the others left (with a normaliser it would see normalised text).
+  bool normalized = false;
 };
 
 std::uint64_t pair_key(std::int32_t a, std::int32_t b) {
@@ -47,9 +49,30 @@ struct Merge {
   std::int32_t rank = 0, result = 0;
 };
 
-bool is_space(char c) { return c == ' ' || (c >= '\t' && c <= '\r'); }
-bool is_word(char c) {
-  return std::isalnum(static_cast<unsigned char>(c)) || c == '_' || (c & 0x80);
+// The character at the start of s, which is valid UTF-8 and not empty.
+std::uint32_t code_point(std::string_view s) {
+  const auto byte = [&s](int i) {
+    return static_cast<std::uint32_t>(static_cast<unsigned char>(s[static_cast<std::size_t>(i)]));
+  };
+  const int length = model::utf8_length(s);
+  if (length <= 1) return byte(0);
+  std::uint32_t code = byte(0) & (0xffu >> (length + 1));
+  for (int i = 1; i < length; ++i) code = (code << 6) | (byte(i) & 0x3fu);
+  return code;
+}
+
+// Where the last character of s begins; s is valid UTF-8 and not empty.
+std::size_t last_character(std::string_view s) {
+  std::size_t at = s.size() - 1;
+  while (at > 0 && (static_cast<unsigned char>(s[at]) & 0xc0) == 0x80) --at;
+  return at;
+}
+
+// Unicode's White_Space.
+bool is_space(std::uint32_t c) {
+  return (c >= 0x09 && c <= 0x0d) || c == 0x20 || c == 0x85 || c == 0xa0 || c == 0x1680 ||
+         (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f ||
+         c == 0x3000;
 }
 
 }  // namespace
@@ -62,7 +85,10 @@ struct Tokenizer::Impl {
   std::unordered_map<std::string, std::int32_t> id_of_bytes;
   std::unordered_map<std::uint64_t, Merge> merges;
   std::array<std::int32_t, 256> byte_id{};
+  std::int32_t unknown = -1;      // for a byte that the vocabulary lacks
+  bool fuse_unknown = false;      // several of them in a row count as one
   std::vector<AddedToken> added;  // longest first
+  std::array<bool, 256> added_starts{}, normalized_starts{};  // first bytes
   std::vector<model::SplitStep> steps;
   std::vector<std::int32_t> prefix, suffix;  // of the post-processor
   bool ignore_merges = false;
@@ -70,12 +96,15 @@ struct Tokenizer::Impl {
   void read_vocab(const JsonObject& bpe);
   void read_merges(const JsonObject& bpe);
   void read_added(const JsonObject& json);
+  void check_conflicts(const AddedToken& t) const;
   void read_post_processor(const JsonObject& json);
   void set(std::int32_t id, std::string value, bool is_special);
   std::string from_byte_level(const std::string& token) const;
   void encode_plain(std::string_view text, std::vector<std::int32_t>& ids) const;
   void encode_piece(std::string_view piece, std::vector<std::int32_t>& ids) const;
-  const AddedToken* added_at(std::string_view text, std::size_t at) const;
+  void encode_added(std::string_view text, bool normalized, std::vector<std::int32_t>& ids) const;
+  const AddedToken* added_at(std::string_view text, std::size_t at, bool normalized) const;
+  bool is_word(std::string_view character) const;
 };
 
 void Tokenizer::Impl::set(std::int32_t id, std::string value, bool is_special) {
@@ -186,6 +215,22 @@ void Tokenizer::Impl::read_merges(const JsonObject& bpe) {
   }
 }
 
+// One id has one text, and one text one id. (A vocabulary may list its added tokens too.)
+void Tokenizer::Impl::check_conflicts(const AddedToken& t) const {
+  const auto index = static_cast<std::size_t>(t.id);
+  const auto same = id_of_token.find(t.content);
+  if (same != id_of_token.end() && same->second != t.id) {
+    throw Error(ErrorCode::kInvalidFile,
+                str(file, ": added_tokens: '", t.content.substr(0, 60), "' has the ids ",
+                    same->second, " and ", t.id, ", accepted is one"));
+  }
+  if (same == id_of_token.end() && index < bytes.size() && !bytes[index].empty()) {
+    throw Error(ErrorCode::kInvalidFile,
+                str(file, ": added_tokens: id ", t.id, " of '", t.content.substr(0, 60),
+                    "' belongs to another token already"));
+  }
+}
+
 void Tokenizer::Impl::read_added(const JsonObject& json) {
   if (!json.has("added_tokens")) return;
   const nlohmann::json& list = json.raw("added_tokens");
@@ -202,7 +247,11 @@ void Tokenizer::Impl::read_added(const JsonObject& json) {
     t.lstrip = token.boolean_or("lstrip", false);
     t.rstrip = token.boolean_or("rstrip", false);
     t.single_word = token.boolean_or("single_word", false);
+    t.normalized = token.boolean_or("normalized", !t.special);
+    check_conflicts(t);
     set(t.id, t.content, t.special);
+    auto& starts = t.normalized ? normalized_starts : added_starts;
+    starts[static_cast<unsigned char>(t.content[0])] = true;
     id_of_token[t.content] = t.id;
     added.push_back(std::move(t));
   }
@@ -282,6 +331,12 @@ Tokenizer Tokenizer::parse(std::string_view text, const std::string& file) {
   impl->read_added(json);
   impl->read_post_processor(json);
   impl->ignore_merges = bpe.boolean_or("ignore_merges", false);
+  impl->fuse_unknown = bpe.boolean_or("fuse_unk", false);
+  if (bpe.has("unk_token")) {
+    const auto unknown = impl->id_of_token.find(bpe.string("unk_token"));
+    if (unknown == impl->id_of_token.end()) bpe.refuse("unk_token", "a token of the vocabulary");
+    impl->unknown = unknown->second;
+  }
   impl->steps = model::build_pre_tokenizer(json, file);
   return Tokenizer(std::move(impl));
 }
@@ -300,13 +355,23 @@ void Tokenizer::Impl::encode_piece(std::string_view piece, std::vector<std::int3
     std::int32_t id, previous, next;
   };
   std::vector<Node> nodes;
-  for (char c : piece) {
-    const std::int32_t id = byte_id[static_cast<unsigned char>(c)];
-    if (id < 0) continue;  // a vocabulary without this byte has no way to write it
+  bool after_unknown = false;
+  for (std::size_t at = 0; at < piece.size(); ++at) {
+    const auto byte = static_cast<unsigned char>(piece[at]);
+    std::int32_t id = byte_id[byte];
+    if (id < 0 && unknown < 0) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  str(file, ": the vocabulary has no token for byte ", static_cast<int>(byte),
+                      " of the text, and no unk_token"));
+    }
+    const bool is_unknown = id < 0, fused = is_unknown && after_unknown && fuse_unknown;
+    after_unknown = is_unknown;
+    if (fused) continue;
+    if (is_unknown) id = unknown;
     const auto index = static_cast<std::int32_t>(nodes.size());
     nodes.push_back({id, index - 1, index + 1});
   }
-  if (nodes.empty()) return;
+  if (nodes.empty()) return;  // nothing but an empty piece
   nodes.back().next = -1;
   struct Candidate {
     std::int32_t rank, left, left_id, right_id, result;
@@ -354,45 +419,79 @@ void Tokenizer::Impl::encode_plain(std::string_view text, std::vector<std::int32
   for (std::string_view piece : pieces) encode_piece(piece, ids);
 }
 
-const AddedToken* Tokenizer::Impl::added_at(std::string_view text, std::size_t at) const {
+// Letters, marks, digits and connectors: \w of the tokenizers library.
+bool Tokenizer::Impl::is_word(std::string_view character) const {
+  static const model::SplitStep word(
+      R"([\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}\x{200c}\x{200d}\x{24b6}-\x{24e9}])", "word characters",
+      model::SplitBehavior::kRemoved);
+  std::vector<std::string_view> left;
+  word.split(character, left);
+  return left.empty();
+}
+
+// The longest added token at `at`. One that must stand alone as a word and does not hides shorter
+// ones: the caller gets it with `single_word` still to be checked.
+const AddedToken* Tokenizer::Impl::added_at(std::string_view text, std::size_t at,
+                                            bool normalized) const {
   for (const AddedToken& t : added) {
-    if (text.compare(at, t.content.size(), t.content) != 0) continue;
-    const std::size_t end = at + t.content.size();
-    if (t.single_word &&
-        ((at > 0 && is_word(text[at - 1])) || (end < text.size() && is_word(text[end]))))
-      continue;
-    return &t;
+    if (t.normalized == normalized && text.compare(at, t.content.size(), t.content) == 0) return &t;
   }
   return nullptr;
 }
 
-std::vector<std::int32_t> Tokenizer::encode(std::string_view text, bool parse_special,
-                                            bool add_special) const {
-  const std::string valid = model::to_valid_utf8(text);
-  text = valid;
-  std::vector<std::int32_t> ids;
-  if (add_special) ids = impl_->prefix;
-  std::array<bool, 256> starts{};
-  if (parse_special) {
-    for (const AddedToken& t : impl_->added)
-      starts[static_cast<unsigned char>(t.content[0])] = true;
-  }
+// First the tokens that are looked for in the text itself, then, between them, the "normalized"
+// ones.
+void Tokenizer::Impl::encode_added(std::string_view text, bool normalized,
+                                   std::vector<std::int32_t>& ids) const {
+  const std::array<bool, 256>& starts = normalized ? normalized_starts : added_starts;
+  const auto encode_rest = [&](std::string_view rest) {
+    if (normalized) {
+      encode_plain(rest, ids);
+    } else if (!rest.empty()) {
+      encode_added(rest, true, ids);
+    }
+  };
   std::size_t done = 0;
   for (std::size_t at = 0; at < text.size();) {
     const AddedToken* token =
-        starts[static_cast<unsigned char>(text[at])] ? impl_->added_at(text, at) : nullptr;
+        starts[static_cast<unsigned char>(text[at])] ? added_at(text, at, normalized) : nullptr;
     if (!token) {
       ++at;
       continue;
     }
     std::size_t before = at, after = at + token->content.size();
-    while (token->lstrip && before > done && is_space(text[before - 1])) --before;
-    while (token->rstrip && after < text.size() && is_space(text[after])) ++after;
-    impl_->encode_plain(text.substr(done, before - done), ids);
+    at = after;
+    if (token->single_word) {
+      const std::string_view left = text.substr(0, before), right = text.substr(after);
+      if (!left.empty() && is_word(left.substr(last_character(left)))) continue;
+      if (!right.empty() &&
+          is_word(right.substr(0, static_cast<std::size_t>(model::utf8_length(right)))))
+        continue;
+    }
+    while (token->lstrip && before > done) {
+      const std::size_t last = last_character(text.substr(0, before));
+      if (last < done || !is_space(code_point(text.substr(last)))) break;
+      before = last;
+    }
+    while (token->rstrip && after < text.size() && is_space(code_point(text.substr(after))))
+      after += static_cast<std::size_t>(model::utf8_length(text.substr(after)));
+    encode_rest(text.substr(done, before - done));
     ids.push_back(token->id);
     done = at = after;
   }
-  impl_->encode_plain(text.substr(done), ids);
+  encode_rest(text.substr(done));
+}
+
+std::vector<std::int32_t> Tokenizer::encode(std::string_view text, bool parse_special,
+                                            bool add_special) const {
+  const std::string valid = model::to_valid_utf8(text);
+  std::vector<std::int32_t> ids;
+  if (add_special) ids = impl_->prefix;
+  if (parse_special) {
+    impl_->encode_added(valid, false, ids);
+  } else {
+    impl_->encode_plain(valid, ids);
+  }
   if (add_special) ids.insert(ids.end(), impl_->suffix.begin(), impl_->suffix.end());
   return ids;
 }

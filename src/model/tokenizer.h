@@ -24,7 +24,8 @@ class Tokenizer {
 
   // parse_special false: added tokens in the text are plain text (for chat contents, which a user
   // writes). A BOS is added only where the file's post-processor says so and add_special is true.
-  // Throws kInvalidArgument when the splitting regex exceeds its limits on this text.
+  // Throws kInvalidArgument when the splitting regex exceeds its limits on this text, and when the
+  // text holds a byte that neither the vocabulary nor an unk_token can stand for.
   std::vector<std::int32_t> encode(std::string_view text, bool parse_special = true,
                                    bool add_special = true) const;
 

@@ -40,6 +40,56 @@ TEST(Tokenizer, EqualsHuggingFaceOnTheShippedModel) {
   expect_goldens(Tokenizer::load(kEmbedded), kOracles + "embedded.json");
 }
 
+// tests/oracles/tokenizer/variants.json: a base file, and what each variant replaces in it.
+const nlohmann::json& variants() {
+  static const nlohmann::json file = [] {
+    std::ifstream stream(kOracles + "variants.json");
+    return nlohmann::json::parse(stream);
+  }();
+  return file;
+}
+
+class Variants : public testing::TestWithParam<std::size_t> {};
+
+TEST_P(Variants, EqualHuggingFace) {
+  const nlohmann::json& variant = variants()["variants"][GetParam()];
+  nlohmann::json file = variants()["base"];
+  for (const auto& [key, value] : variant["change"].items()) {
+    if (key == "model") {
+      file[key].update(value);
+    } else {
+      file[key] = value;
+    }
+  }
+  const Tokenizer tokenizer = Tokenizer::parse(file.dump(), "tokenizer.json");
+  ASSERT_GE(variant["goldens"].size(), 20u);
+  for (const auto& row : variant["goldens"]) {
+    const auto ids = row["ids"].get<std::vector<std::int32_t>>();
+    EXPECT_EQ(tokenizer.encode(row["text"].get<std::string>(), true, false), ids) << row["text"];
+    EXPECT_EQ(tokenizer.decode(ids), row["decoded"].get<std::string>()) << row["text"];
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Files, Variants,
+                         testing::Range(std::size_t{0}, variants()["variants"].size()),
+                         [](const testing::TestParamInfo<std::size_t>& info) {
+                           return variants()["variants"][info.param]["name"].get<std::string>();
+                         });
+
+// Hugging Face drops such bytes without a word; here that is an error.
+TEST(Tokenizer, BytesOutsideTheVocabularyAreRefused) {
+  const Tokenizer tokenizer =
+      Tokenizer::parse(R"({"model":{"type":"BPE","vocab":{"a":0,"b":1},"merges":[]}})", "t.json");
+  EXPECT_EQ(tokenizer.encode("abba"), (std::vector<std::int32_t>{0, 1, 1, 0}));
+  try {
+    tokenizer.encode("abc");
+    ADD_FAILURE() << "accepted";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.code(), ErrorCode::kInvalidArgument);
+    EXPECT_NE(std::string(e.what()).find("byte 99"), std::string::npos) << e.what();
+  }
+}
+
 TEST(Tokenizer, RandomTextSurvivesTheRoundTrip) {
   const Tokenizer tokenizer = Tokenizer::load(kOracles + "v3");
   for (unsigned seed = 0; seed < 500; ++seed) {
@@ -99,6 +149,20 @@ TEST(Tokenizer, RefusesHostileFiles) {
                  "pattern");
   expect_refused(bpe(R"({"a":0})", "[]", R"(,"pre_tokenizer":{"type":"Metaspace"})"), "Metaspace");
   expect_refused(bpe(R"({"a":0})", "[]", R"(,"added_tokens":[{"id":1,"content":""}])"), "content");
+  const auto added = [&](const std::string& list) {
+    return bpe(R"({"a":0,"X":1})", "[]", R"(,"added_tokens":[)" + list + "]");
+  };
+  EXPECT_NO_THROW(Tokenizer::parse(added(R"({"id":1,"content":"X"})"), "tokenizer.json"));
+  expect_refused(added(R"({"id":0,"content":"Y"})"), "id 0 of 'Y'");
+  expect_refused(added(R"({"id":2,"content":"X"})"), "'X' has the ids 1 and 2");
+  expect_refused(added(R"({"id":2,"content":"Y"},{"id":2,"content":"Z"})"), "id 2 of 'Z'");
+  expect_refused(added(R"({"id":2,"content":"Y"},{"id":3,"content":"Y"})"), "ids 2 and 3");
+  expect_refused(R"({"model":{"type":"BPE","vocab":{"a":0},"merges":[],"unk_token":"u"}})",
+                 "unk_token");
+  expect_refused(bpe(R"({"a":0})", "[]",
+                     R"(,"pre_tokenizer":{"type":"Split","pattern":{"String":" "},)"
+                     R"("behavior":"Glued"})"),
+                 "behavior");
 }
 
 }  // namespace

@@ -1,9 +1,14 @@
 #!/usr/bin/env python3
-"""Golden encodings by Hugging Face tokenizers: make_tokenizer_goldens.py <model_dir>.
+"""Golden encodings by Hugging Face tokenizers.
+
+    make_tokenizer_goldens.py <model_dir>    all files
+    make_tokenizer_goldens.py --variants     variants.json alone
 
 Writes, beside this script: v3/tokenizer.json (a DeepSeek-V3-style tokenizer trained on the Python
-standard library), v3.json (its goldens) and embedded.json (goldens of the shipped model's
-tokenizer). A golden is {"text", "ids", "decoded"}: ids without BOS, decoded without specials.
+standard library), v3.json (its goldens), embedded.json (goldens of the shipped model's tokenizer)
+and variants.json: a small base tokenizer, and what each variant changes in it (pre-tokeniser, added
+tokens, vocabulary) with its goldens. A golden is {"text", "ids", "decoded"}: ids without BOS, decoded
+without specials.
 """
 import glob
 import json
@@ -73,7 +78,80 @@ def train_v3():
     return tokenizer
 
 
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+MERGES = [["a", "b"], ["b", "c"], ["ab", "c"], ["A", "B"], ["1", "2"], ["\u0120", "a"], ["\u0120", "\u0120"], ["-", "-"]]
+VARIANT_TEXTS = [
+    "", "abc", "abc abc", "a-b-c", "-a--b---", "12a34 b5", "ABCabcAbC", " a  b   c ", "--", "-", "a1", "1a",
+    "12 34", "aé-中文 b", "\u00a0a\u3000-b", "abXYabXab", "Xab abX X  Y", "aXab", "XaX", "X1abY", "xX_ab X-ab X",
+    "ab\n\nX\tab", "XX", "XYX Y", "_ab ab_ (ab) éab ab。",
+]
+
+
+def base_json():
+    vocab = {t: i for i, t in enumerate(ALPHABET + ["".join(m) for m in MERGES])}
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                          "use_regex": False},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                  "ignore_merges": False, "vocab": vocab, "merges": MERGES}}
+
+
+def added(*tokens):
+    """tokens: (content, flags). The id of the vocabulary where it lists the content, else the next."""
+    vocab, out = base_json()["model"]["vocab"], []
+    following = len(vocab)
+    for content, flags in tokens:
+        number = vocab.get(content, following)
+        following += number == following
+        out.append({"id": number, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
+                    "normalized": False, "special": False, **{flag: True for flag in flags.split()}})
+    return {"added_tokens": out}
+
+
+def variants():
+    """(name, fields that replace those of the base; "model" replaces single fields)."""
+    byte_level = base_json()["pre_tokenizer"]
+    for behavior in ("Isolated", "Removed", "MergedWithPrevious", "MergedWithNext", "Contiguous"):
+        for invert in (False, True):
+            for label, pattern in (("spaces_digits", {"Regex": r" +|\p{N}"}), ("string", {"String": "-"}),
+                                   ("empty", {"Regex": r"(?=[A-Zb])|-"})):
+                split = {"type": "Split", "pattern": pattern, "behavior": behavior, "invert": invert}
+                yield (f"{behavior}{'_invert' if invert else ''}_{label}",
+                       {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]}})
+    yield "added_longest", added(("X", ""), ("Xab", ""), ("bX", ""))
+    yield "added_normalized_last", added(("Xa", "normalized"), ("X", ""), ("aX", "normalized"))
+    yield "added_normalized_all", added(("Xa", "normalized"), ("X", "normalized"))
+    yield "added_special", added(("X", "special"), ("Y", "special"))
+    yield "added_strip", added(("X", "lstrip rstrip"), ("-", "rstrip"))
+    yield "added_single_word", added(("ab", "single_word"), ("X", "single_word"))
+    yield "added_single_word_longest", added(("abX", "single_word"), ("ab", ""))
+    few = {t: i for i, t in enumerate(["a", "b", "ab", "<unk>", "-"])}
+    yield "unk", {"model": {"vocab": few, "merges": [["a", "b"]], "unk_token": "<unk>"}}
+    yield "unk_fused", {"model": {"vocab": few, "merges": [["a", "b"]], "unk_token": "<unk>", "fuse_unk": True}}
+
+
+def variant_goldens():
+    base, out = base_json(), []
+    for name, change in variants():
+        full = {**base, **{k: v for k, v in change.items() if k != "model"}}
+        full["model"] = {**base["model"], **change.get("model", {})}
+        tokenizer = Tokenizer.from_str(json.dumps(full))
+        rows = []
+        for text in VARIANT_TEXTS:
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+            rows.append({"text": text, "ids": ids, "decoded": tokenizer.decode(ids)})
+        out.append({"name": name, "change": change, "goldens": rows})
+    return {"base": base, "variants": out}
+
+
 def main():
+    write(HERE / "variants.json", variant_goldens())
+    if sys.argv[1] == "--variants":
+        return
     (HERE / "v3").mkdir(exist_ok=True)
     tokenizer = train_v3()
     tokenizer.save(str(HERE / "v3" / "tokenizer.json"), pretty=False)
