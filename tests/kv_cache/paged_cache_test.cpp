@@ -89,6 +89,136 @@ TEST(PrefixIndex, FindsWholePagesOnlyAndComparesTokens) {
   EXPECT_EQ(index.acquire(mixed).size(), 1u);
 }
 
+TEST(PrefixIndex, EvictsTheLeastRecentlyUsedLeafFirst) {
+  PageAllocator pages(6);
+  PrefixIndex index(pages);
+  const auto take = [&pages](int n) {
+    std::vector<std::int32_t> own;
+    for (int i = 0; i < n; ++i) own.push_back(*pages.allocate());
+    return own;
+  };
+  const auto give = [&pages](const std::vector<std::int32_t>& own) {
+    for (std::int32_t page : own) pages.release(page);
+  };
+  const std::vector<std::int32_t> a = tokens(128), b = tokens(128, 1), c = tokens(64, 2);
+  const auto pages_a = take(2), pages_b = take(2), pages_c = take(1);
+  index.insert(a, pages_a);
+  index.insert(b, pages_b);
+  index.insert(c, pages_c);
+  give(pages_a), give(pages_b), give(pages_c);
+  EXPECT_EQ(pages.num_free(), 1);
+  give(index.acquire(a));  // a was used last
+  ASSERT_TRUE(index.evict_until_free(2));
+  EXPECT_EQ(index.acquire(b).size(), 1u);  // b lost its tail, the only leaf that old
+  pages.release(pages_b[0]);
+  ASSERT_TRUE(index.evict_until_free(3));
+  EXPECT_TRUE(index.acquire(c).empty());
+  const auto held = index.acquire(a);
+  EXPECT_EQ(held, pages_a);
+  EXPECT_FALSE(index.evict_until_free(6));  // a's pages are in use
+  EXPECT_EQ(pages.num_free(), 4);
+  EXPECT_EQ(index.size(), 2);
+  give(held);
+  EXPECT_TRUE(index.evict_until_free(6));
+  EXPECT_EQ(index.size(), 0);
+}
+
+TEST(PrefixIndex, TheSamePageOfTokensBehindAnotherPrefixIsAnother) {
+  PageAllocator pages(4);
+  PrefixIndex index(pages);
+  std::vector<std::int32_t> a = tokens(128), b = tokens(128);
+  std::fill_n(b.begin(), 64, 9);  // the second page alike, the first not
+  index.insert(a, std::vector<std::int32_t>{*pages.allocate(), *pages.allocate()});
+  EXPECT_TRUE(index.acquire(b).empty());
+  EXPECT_TRUE(index.acquire(std::span(a).subspan(64)).empty());
+  index.insert(b, std::vector<std::int32_t>{*pages.allocate(), *pages.allocate()});
+  const auto found_a = index.acquire(a), found_b = index.acquire(b);
+  EXPECT_EQ(found_a.size(), 2u);
+  EXPECT_EQ(found_b.size(), 2u);
+  EXPECT_NE(found_a[0], found_b[0]);
+  EXPECT_NE(found_a[1], found_b[1]);
+  EXPECT_EQ(index.size(), 4);
+}
+
+TEST(PrefixIndex, ASecondInsertKeepsTheFirstPages) {
+  PageAllocator pages(4);
+  PrefixIndex index(pages);
+  const auto a = tokens(64);
+  const std::int32_t first = *pages.allocate(), second = *pages.allocate();
+  index.insert(a, std::vector<std::int32_t>{first});
+  index.insert(a, std::vector<std::int32_t>{second});
+  EXPECT_EQ(index.acquire(a), std::vector<std::int32_t>{first});
+  EXPECT_EQ(pages.ref_count(second), 1);
+  EXPECT_EQ(pages.ref_count(first), 3);
+}
+
+class CopyOnWrite : public testing::TestWithParam<unsigned> {};
+
+// Forks, growth, truncation and reuse on a small pool; each sequence writes its own mark for every
+// token in every layer, and must always read back its own marks.
+TEST_P(CopyOnWrite, EverySequenceReadsWhatItWrote) {
+  std::mt19937 rng(GetParam());
+  const auto random = [&rng](std::int64_t n) {
+    return static_cast<std::int64_t>(rng() % static_cast<std::uint64_t>(n));
+  };
+  PagedCache cache(KvCacheFormat::kFp8, 2, 24);
+  struct Sequence {
+    SequencePages pages;
+    std::vector<std::uint8_t> marks;
+  };
+  std::vector<Sequence> alive;
+  const auto at = [&](std::int64_t layer, const SequencePages& s, std::int64_t token) {
+    const std::int64_t slot = s.slot(token);
+    return cache.layer(layer).latent_plane(slot / 64) + (slot % 64) * 16;
+  };
+  int copies = 0;
+  for (int step = 0; step < 300; ++step) {
+    const std::int64_t what = random(10);
+    if (alive.empty() || (what < 2 && alive.size() < 6)) {
+      alive.push_back({SequencePages(cache), {}});
+    } else if (what < 4 && alive.size() < 8) {
+      const auto& parent = alive[static_cast<std::size_t>(random(std::ssize(alive)))];
+      Sequence child{parent.pages.fork(), parent.marks};
+      alive.push_back(std::move(child));
+    } else if (what < 8) {
+      Sequence& s = alive[static_cast<std::size_t>(random(std::ssize(alive)))];
+      const std::int64_t count = random(90);
+      const std::vector<std::int32_t> before(s.pages.table().begin(), s.pages.table().end());
+      if (!s.pages.extend(count)) continue;
+      for (std::size_t i = 0; i < before.size(); ++i) copies += before[i] != s.pages.table()[i];
+      for (std::int64_t i = 0; i < count; ++i) {
+        s.marks.push_back(static_cast<std::uint8_t>(rng()));
+        for (std::int64_t layer = 0; layer < 2; ++layer)
+          *at(layer, s.pages, std::ssize(s.marks) - 1) =
+              static_cast<std::uint8_t>(s.marks.back() + layer);
+      }
+    } else if (what < 9) {
+      Sequence& s = alive[static_cast<std::size_t>(random(std::ssize(alive)))];
+      s.pages.truncate(random(s.pages.length() + 1));
+      s.marks.resize(static_cast<std::size_t>(s.pages.length()));
+    } else {
+      std::vector<Sequence> rest;
+      const std::int64_t gone = random(std::ssize(alive));
+      for (std::int64_t i = 0; i < std::ssize(alive); ++i)
+        if (i != gone) rest.push_back(std::move(alive[static_cast<std::size_t>(i)]));
+      alive.swap(rest);
+    }
+    for (const Sequence& s : alive) {
+      for (std::int64_t t = 0; t < std::ssize(s.marks); ++t) {
+        for (std::int64_t layer = 0; layer < 2; ++layer)
+          ASSERT_EQ(*at(layer, s.pages, t),
+                    static_cast<std::uint8_t>(s.marks[static_cast<std::size_t>(t)] + layer))
+              << "token " << t << " layer " << layer << " step " << step;
+      }
+    }
+  }
+  EXPECT_GT(copies, 0);
+  alive.clear();
+  EXPECT_EQ(cache.allocator().num_free(), 24);
+}
+
+INSTANTIATE_TEST_SUITE_P(Seeds, CopyOnWrite, testing::Range(0u, 60u));
+
 // free + used = total, and every reference count equals the number of holders, after every step.
 TEST(PagedCache, RandomWalkKeepsTheCounts) {
   const unsigned seed = 20260210;
