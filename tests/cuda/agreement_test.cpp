@@ -19,7 +19,7 @@ gpu::ProblemShape table_shape(int index) {
   const agreement::Shape from = agreement::make_shape(index);
   gpu::ProblemShape s;
   s.format = from.format == KvCacheFormat::kFp8 ? KvCacheFormat::kFp8 : KvCacheFormat::kBf16;
-  s.image = from.image;
+  s.image = readable(from.image);
   s.p_block = from.p_block;
   s.heads = from.heads;
   s.seqlen_q = from.seqlen_q;
@@ -173,11 +173,30 @@ TEST_F(CudaTest, BenchmarkShapes) {
         s.seqlen_q = seqlen_q;
         s.lengths.assign(32, 8192);
         s.separate_tensors = separate;
-        s.image = separate ? PageImage::kPlainRows : PageImage::kSwizzled128;
+        s.image = readable(separate ? PageImage::kPlainRows : PageImage::kSwizzled128);
         SCOPED_TRACE(std::to_string(heads) + " x " + std::to_string(seqlen_q));
         gpu::Problem problem(s);
         expect_agreement(problem, gpu::sample_rows(problem.reference(), 96, 3), kManyTokensSlack,
                          kManyTokensLse);
+      }
+    }
+  }
+}
+
+// The layout of the paper's engine: three tensors of plain rows; and plain rows in one pool.
+TEST_F(CudaTest, DecodeReadsPlainRows) {
+  for (const auto format : {KvCacheFormat::kFp8, KvCacheFormat::kBf16}) {
+    for (const bool separate : {false, true}) {
+      for (const int heads : {16, 128}) {
+        gpu::ProblemShape s;
+        s.format = format;
+        s.image = PageImage::kPlainRows;
+        s.separate_tensors = separate;
+        s.heads = heads;
+        s.lengths = {1, 64, 1000, 129};
+        s.unused_pages = 2;
+        gpu::Problem problem(s, uneven_data(31));
+        expect_agreement(problem, {}, 3e-3, kFewTokensLse);
       }
     }
   }

@@ -28,7 +28,7 @@ TEST_F(CudaTest, PoolsPast4GiB) {
                            Pool{KvCacheFormat::kBf16, true, PageImage::kPlainRows, 65600}}) {
     gpu::ProblemShape s;
     s.format = pool.format;
-    s.image = pool.image;
+    s.image = readable(pool.image);
     s.separate_tensors = pool.separate;
     s.first_page = pool.first_page;
     s.unused_pages = 5;

@@ -5,6 +5,7 @@
 
 #include "gpu/fill.h"
 #include "snapmla/cuda.h"
+#include "snapmla/error.h"
 
 namespace snapmla::test {
 
@@ -36,6 +37,24 @@ gpu::ProblemData uneven_data(std::uint64_t seed, float spread) {
     gpu::fill_normal(rope, rows * kQkRopeHeadDim, seed * 7 + 6, stream);
   };
   return data;
+}
+
+PageImage readable(PageImage wanted) {
+  static const bool plain_rows = [] {
+    gpu::ProblemShape s;
+    s.image = PageImage::kPlainRows;
+    s.heads = 1;
+    s.lengths = {1};
+    gpu::Problem problem(s);
+    try {
+      run(problem);
+    } catch (const Error& e) {
+      if (e.code() == ErrorCode::kUnsupported) return false;
+      throw;
+    }
+    return true;
+  }();
+  return plain_rows ? wanted : PageImage::kSwizzled128;
 }
 
 void run(gpu::Problem& problem) {

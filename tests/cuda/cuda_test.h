@@ -24,6 +24,10 @@ class CudaTest : public ::testing::Test {
 // Keys whose tokens differ in size by up to 2^(2 spread), so that scales matter; normal queries.
 gpu::ProblemData uneven_data(std::uint64_t seed, float spread = 2.0f);
 
+// `wanted`, or the swizzled image where decode refuses plain rows as unsupported: then the test
+// DecodeReadsPlainRows fails, and the others still show what they are for.
+PageImage readable(PageImage wanted);
+
 // Plan, decode, wait.
 void run(gpu::Problem& problem);
 

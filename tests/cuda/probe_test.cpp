@@ -30,7 +30,7 @@ void probe(KvCacheFormat format, PageImage image, int p_block, int heads, int se
                " heads " + std::to_string(heads) + " shift " + std::to_string(shift));
   gpu::ProblemShape s;
   s.format = format;
-  s.image = image;
+  s.image = readable(image);
   s.p_block = p_block;
   s.heads = heads;
   s.seqlen_q = seqlen_q;
