@@ -16,8 +16,8 @@ int main(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) command += std::string(" ") + argv[i];
 
   CLI::App* attention = app.add_subcommand(
-      "attention", "Decode attention; lists make a sweep: --heads 16,128 --context 8192,ragged");
-  gpu::AttentionSweep sweep{{128}, {1}, {128}, {"8192"}, {"fp8", "bf16"}};
+      "attention", "Decode attention; lists make a sweep: --heads 16,128 --context 8192,32768");
+  gpu::AttentionSweep sweep{{128}, {1}, {128}, {8192}, {"fp8", "bf16"}};
   gpu::AttentionCliFlags flags;
   attention->add_option("--heads", sweep.heads, "Query heads")
       ->delimiter(',')
@@ -33,8 +33,9 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   attention
       ->add_option("-c,--context", sweep.context,
-                   "Tokens in the cache per request, or ragged: log-uniform from 1k to 128k")
+                   "Tokens in the cache per request, the new ones included")
       ->delimiter(',')
+      ->check(CLI::Range(1, 1 << 24))
       ->capture_default_str();
   attention->add_option("--kv-cache", sweep.kv_cache, "Formats of the latent cache")
       ->delimiter(',')

@@ -1,6 +1,5 @@
 #include "gpu/bench_cli.h"
 
-#include <charconv>
 #include <iostream>
 
 #include "snapmla/cuda.h"
@@ -14,17 +13,6 @@ void require_gpu() {
   if (reason[0] != '\0') {
     throw Error(ErrorCode::kUnsupported, std::string("device: got cuda, but ") + reason);
   }
-}
-
-std::int32_t parse_context(const std::string& text) {
-  if (text == "ragged") return 0;
-  std::int32_t value = 0;
-  const auto [end, status] = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (status != std::errc() || end != text.data() + text.size() || value < 1 || value > 1 << 24) {
-    throw Error(ErrorCode::kInvalidArgument,
-                "context: got '" + text + "', accepted are 1 to 16777216 tokens, or ragged");
-  }
-  return value;
 }
 
 KvCacheFormat parse_format(const std::string& text) {
@@ -43,6 +31,8 @@ void add_attention_options(CLI::App& command, AttentionCliFlags& flags) {
           "cuda: a list of shapes instead of a sweep: issue (all of the performance table), "
           "big, ragged, small, quick")
       ->check(CLI::IsMember({"issue", "big", "ragged", "small", "quick"}));
+  command.add_flag("--ragged", flags.ragged,
+                   "cuda: a ragged batch beside the contexts, log-uniform from 1k to 128k tokens");
   command.add_option("--p-block", flags.p_block, "cuda: tokens per scale of P, FP8 cache")
       ->check(CLI::IsMember({64, 128}))
       ->capture_default_str();
@@ -74,8 +64,8 @@ int run_attention_cli(const AttentionSweep& sweep, const AttentionCliFlags& flag
   if (!flags.preset.empty()) {
     options.shapes = preset_shapes(flags.preset);
   } else {
-    std::vector<std::int32_t> contexts;
-    for (const std::string& text : sweep.context) contexts.push_back(parse_context(text));
+    std::vector<std::int32_t> contexts = sweep.context;
+    if (flags.ragged) contexts.push_back(0);
     options.shapes = sweep_shapes(sweep.heads, sweep.seqlen_q, sweep.batch, contexts);
   }
   options.formats.clear();

@@ -15,7 +15,7 @@ namespace snapmla::gpu {
 // What only a GPU bench has.
 struct AttentionCliFlags {
   std::string preset;
-  bool deterministic = false, no_extras = false;
+  bool ragged = false, deterministic = false, no_extras = false;
   int p_block = 64, rounds = 1;
   double load_s = 0.5, sustained_s = 0.3, idle_s = 0.7;
   std::string json, csv;
@@ -25,7 +25,7 @@ void add_attention_options(CLI::App& command, AttentionCliFlags& flags);
 // The lists that a CPU bench has too; empty lists where a preset was given.
 struct AttentionSweep {
   std::vector<std::int64_t> heads, seqlen_q, batch;
-  std::vector<std::string> context;  // tokens, or "ragged"
+  std::vector<std::int32_t> context;
   std::vector<std::string> kv_cache;
 };
 

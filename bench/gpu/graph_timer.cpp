@@ -90,22 +90,22 @@ void GraphTimer::replay_timed(const OwnedGraph& graph, int replays, TimingSample
                               bool sample_clock) const {
   std::vector<Event> events(static_cast<std::size_t>(replays) + 1);
   auto last_reading = Clock::now();
+  bool all_queued = false;
   const auto read_clock = [&] {
     if (!sample_clock || seconds_since(last_reading) < 0.01) return;
     const double mhz = nvml_.sm_clock_mhz(), watts = nvml_.power_watts();
     last_reading = Clock::now();
-    if (events.back().done()) return;
+    if (all_queued && events.back().done()) return;
     if (mhz > 0) samples.sm_mhz.push_back(mhz);
     if (watts > 0) samples.watts.push_back(watts);
   };
-  // An event that was never recorded counts as done: put one at the end of what is there already.
-  events.back().record(stream_.get());
   events[0].record(stream_.get());
   for (std::size_t i = 1; i < events.size(); ++i) {
     graph.launch(stream_.get());
     events[i].record(stream_.get());
     if (i % 64 == 0) read_clock();
   }
+  all_queued = true;
   while (!events.back().done()) {
     read_clock();
     std::this_thread::sleep_for(std::chrono::milliseconds(1));

@@ -66,7 +66,8 @@ std::int64_t ProblemShape::tokens() const {
   return std::accumulate(lengths.begin(), lengths.end(), std::int64_t{0});
 }
 
-Problem::Problem(const ProblemShape& shape, const ProblemData& data) : shape_(shape) {
+Problem::Problem(const ProblemShape& shape, const ProblemData& data)
+    : shape_(shape), capacity_(shape.lengths) {
   for (const std::int32_t n : shape.lengths) max_pages_ = std::max(max_pages_, pages_of(n));
   max_pages_ += shape.unused_columns;
   num_pages_ =
@@ -103,11 +104,11 @@ double Problem::flop() const {
 void Problem::place_pages(std::uint64_t seed) {
   const std::int32_t junk[] = {2147480000, -1, INT_MIN};
   const std::vector<std::int32_t> order =
-      shuffled(total_pages(shape_.lengths) + shape_.unused_pages, seed);
+      shuffled(total_pages(capacity_) + shape_.unused_pages, seed);
   table_.resize(static_cast<std::size_t>(shape_.batch() * max_pages_));
   std::size_t next = 0;
   for (std::int64_t b = 0; b < shape_.batch(); ++b) {
-    const std::int64_t used = pages_of(shape_.lengths[static_cast<std::size_t>(b)]);
+    const std::int64_t used = pages_of(capacity_[static_cast<std::size_t>(b)]);
     for (std::int64_t i = 0; i < max_pages_; ++i) {
       table_[static_cast<std::size_t>(b * max_pages_ + i)] =
           i < used ? static_cast<std::int32_t>(shape_.first_page) + order[next++]
@@ -320,7 +321,7 @@ void Problem::relabel_pages(std::uint64_t seed) {
     DeviceBuffer<std::uint8_t> moved(buffer.size());
     moved.fill_bytes(0xff);
     for (std::int64_t b = 0; b < shape_.batch(); ++b) {
-      for (std::int64_t i = 0; i < pages_of(shape_.lengths[static_cast<std::size_t>(b)]); ++i) {
+      for (std::int64_t i = 0; i < pages_of(capacity_[static_cast<std::size_t>(b)]); ++i) {
         const auto at = static_cast<std::size_t>(b * max_pages_ + i);
         SNAPMLA_CUDA_CHECK(cudaMemcpy(moved.data() + table_[at] * stride,
                                       buffer.data() + before[at] * stride,
@@ -342,7 +343,7 @@ void Problem::relabel_pages(std::uint64_t seed) {
 
 void Problem::set_lengths(const std::vector<std::int32_t>& lengths) {
   for (std::size_t b = 0; b < lengths.size(); ++b) {
-    if (pages_of(lengths[b]) > pages_of(shape_.lengths.at(b))) {
+    if (pages_of(lengths[b]) > pages_of(capacity_.at(b))) {
       throw std::invalid_argument("set_lengths: a request has no pages for its new length");
     }
   }

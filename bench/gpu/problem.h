@@ -98,6 +98,7 @@ class Problem {
   void make_queries(const ProblemData& data);
 
   ProblemShape shape_;
+  std::vector<std::int32_t> capacity_;  // lengths that there are pages for
   std::int64_t max_pages_ = 1, num_pages_ = 1;
   std::vector<std::int32_t> table_;
   DeviceBuffer<std::uint8_t> pool_, rope_pool_, scale_pool_;
