@@ -28,7 +28,7 @@ class TensorView {
     std::int64_t stride = 1;
     for (int d = rank_ - 1; d >= 0; --d) {
       stride_[static_cast<std::size_t>(d)] = stride;
-      stride *= shape_[static_cast<std::size_t>(d)];
+      stride = product(stride, shape_[static_cast<std::size_t>(d)]);
     }
   }
 
@@ -46,14 +46,14 @@ class TensorView {
   }
   std::int64_t numel() const {
     std::int64_t n = 1;
-    for (int d = 0; d < rank_; ++d) n *= shape_[static_cast<std::size_t>(d)];
+    for (int d = 0; d < rank_; ++d) n = product(n, shape_[static_cast<std::size_t>(d)]);
     return rank_ == 0 ? 0 : n;
   }
   bool contiguous() const {
     std::int64_t expect = 1;
     for (int d = rank_ - 1; d >= 0; --d) {
       if (dim(d) != 1 && stride(d) != expect) return false;
-      expect *= dim(d);
+      expect = product(expect, dim(d));
     }
     return true;
   }
@@ -92,6 +92,12 @@ class TensorView {
   }
 
  private:
+  // Wraps instead of overflowing: a view of any shape can be made, the operations refuse the bad
+  // ones.
+  static std::int64_t product(std::int64_t a, std::int64_t b) {
+    return static_cast<std::int64_t>(static_cast<std::uint64_t>(a) * static_cast<std::uint64_t>(b));
+  }
+
   void* data_ = nullptr;
   DType dtype_ = DType::kF32;
   int rank_ = 0;

@@ -7,6 +7,8 @@
 #include <numeric>
 #include <random>
 
+#include "backends/ref/ref_backend.h"
+#include "ops/ops.h"
 #include "snapmla/error.h"
 
 namespace snapmla {
@@ -71,6 +73,29 @@ TEST(SequencePages, ExtendWithoutRoomChangesNothing) {
   EXPECT_FALSE(a.extend(29));
   EXPECT_EQ(a.length(), 100);
   EXPECT_TRUE(a.extend(28));
+}
+
+// Offsets past 2^31 and 2^32 bytes: the pool is reserved, and three of its pages are touched.
+TEST(PagedCache, FarPagesKeepTheirTokens) {
+  const std::int64_t pages = 120'000;  // 4.9 GB
+  PagedCache cache(KvCacheFormat::kFp8, 1, pages);
+  const auto ops = ref::make_ref_backend();
+  for (std::int64_t page : {std::int64_t{0}, std::int64_t{58'254}, pages - 1}) {
+    std::vector<float> latent(512, static_cast<float>(page % 7 + 1)), rope(64, 2.0f);
+    std::vector<float> latent_out(512), rope_out(64);
+    const std::vector<std::int64_t> slot = {page * 64 + 63};
+    const std::vector<std::int32_t> table = {static_cast<std::int32_t>(page)};
+    ops::append_kv(*ops,
+                   {TensorView::of(latent.data(), {1, 512}), TensorView::of(rope.data(), {1, 64}),
+                    TensorView::of(slot.data(), {1}), cache.layer(0)});
+    ops::fetch_dequant(*ops, {cache.layer(0), TensorView::of(table.data(), {1}), 63, 64,
+                              TensorView::of(latent_out.data(), {1, 512}),
+                              TensorView::of(rope_out.data(), {1, 64})});
+    EXPECT_EQ(latent_out, latent);
+    EXPECT_NEAR(rope_out[5], 2.0f, 0.01f);
+    const auto* base = cache.layer(0).latent;
+    EXPECT_EQ(cache.layer(0).latent_plane(page) - base, page * 41216);
+  }
 }
 
 TEST(PrefixIndex, FindsWholePagesOnlyAndComparesTokens) {

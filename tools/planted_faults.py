@@ -1,0 +1,190 @@
+#!/usr/bin/env python3
+"""Plants faults in a copy of the sources, one at a time, and checks that a test fails for each.
+
+    tools/planted_faults.py                     all faults; the table goes to docs/planted_faults.md
+    tools/planted_faults.py NAME...             these faults, no table
+
+A fault is a small text replacement and the suite (with a filter) that must notice it. The copy and its
+build lie in build/faults; ccache keeps repetitions short. The unchanged sources must pass the same
+filters first. Exit status 1 when a fault is not noticed, does not apply or does not compile.
+"""
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TREE = ROOT / "build" / "faults" / "tree"
+BUILD = ROOT / "build" / "faults" / "tree" / "build"
+DOC = ROOT / "docs" / "planted_faults.md"
+
+ENGINE = "Oracles/Naive.EngineInF32Matches/o[1-4]:Oracles/Naive.EngineInF32Matches/o7*:Seeds/RandomModel.*/?"
+DECODE = "Table/DecodeShapes.*/1??:PageRows/*/1:SeqlenQ/*:DecodeNan.*"
+CACHE = "Table/CacheCases.*/?:Table/CacheCases.*/1?"
+
+# name, what goes wrong, file, [(old, new)...], suite, filter
+FAULTS = [
+    ("softmax-scale-yarn", "softmax scale with the YaRN factor once instead of squared", "src/model/config.cpp",
+     [("return factor * factor / std::sqrt", "return factor / std::sqrt")], "engine", ENGINE),
+    ("softmax-scale-576", "softmax scale 576^-0.5", "src/model/config.cpp",
+     [("static_cast<double>(qk_head_dim())", "576.0")], "engine", ENGINE),
+    ("rope-pairing", "half pairing on interleaved weights", "src/backends/cpu/dense.cpp",
+     [("a.interleaved ? x[2 * j] : x[j]", "x[j]"), ("a.interleaved ? x[2 * j + 1] : x[j + half]", "x[j + half]")],
+     "engine", ENGINE),
+    ("key-without-rope", "keys cached before RoPE", "src/model/forward.cpp",
+     [("  rotate(f32(k_rope_, {n, 1, rope}), step.positions_view);\n", "")], "engine", ENGINE),
+    ("latent-before-norm", "the latent cached before its norm", "src/model/forward.cpp",
+     [("static_cast<float>(config_.mla_norm_eps), latent});",
+       "static_cast<float>(config_.mla_norm_eps), latent});\n"
+       "  ops::copy_rows(ops_, {f32(kv_, {n, rank}).with_stride(0, rank + rope), latent});")], "engine", ENGINE),
+    ("kv-b-split", "kv_b split as all K, then all V", "src/model/weights.cpp",
+     [("h * (nope + v) + i, k)", "h * nope + i, k)"), ("h * (nope + v) + nope + i, k)", "heads * nope + h * v + i, k)")],
+     "engine", ENGINE),
+    ("bias-in-weights", "the router's bias in the expert weights", "src/ops/route.cpp",
+     [("const double weight = p[static_cast<std::size_t>(ids[k])]",
+       "const double weight = choice[static_cast<std::size_t>(ids[k])]")], "ops", "*Router*"),
+    ("bias-not-in-groups", "groups ranked without the bias", "src/ops/route.cpp",
+     [("if (a.kind != RouterKind::kGreedySoftmax && a.num_groups > 1) drop_groups(a, choice);",
+       "if (a.kind != RouterKind::kGreedySoftmax && a.num_groups > 1) {\n"
+       "      std::vector<float> q = p;\n      drop_groups(a, q);\n"
+       "      for (std::size_t e = 0; e < q.size(); ++e)\n        if (q[e] == kDropped) choice[e] = kDropped;\n    }")],
+     "ops", "*Router*"),
+    ("group-maximum", "V3 groups ranked by their best expert", "src/ops/route.cpp",
+     [("two ? members[0] + members[1] : members[0]", "two ? members[0] + 0 : members[0]")], "ops", "*Router*"),
+    ("renormalised-v2", "expert weights always divided by their sum", "src/ops/route.cpp",
+     [("(a.normalize ? sum : 1.0)", "sum")], "engine", ENGINE),
+    ("routed-factor", "routed_scaling_factor forgotten", "src/model/forward.cpp",
+     [("route.scaling_factor = static_cast<float>(config_.routed_scaling_factor);", "route.scaling_factor = 1.0f;")],
+     "engine", ENGINE),
+    ("mla-eps", "the MLA norms with rms_norm_eps", "src/model/forward.cpp",
+     [("w.q_a_norm, config_.mla_norm_eps", "w.q_a_norm, config_.rms_norm_eps"),
+      ("static_cast<float>(config_.mla_norm_eps)", "static_cast<float>(config_.rms_norm_eps)")], "engine", ENGINE),
+    ("edge-block", "scales of partial blocks taken from the block before", "src/ops/element.h",
+     [("w.scale_inv.row<float>(row / 128)[column / 128]",
+       "w.scale_inv.row<float>(row / 128)[std::min(column / 128, std::max<std::int64_t>(w.data.dim(1) / 128 - 1, 0))]"),
+      ("#include \"numeric/float_types.h\"", "#include <algorithm>\n#include \"numeric/float_types.h\"")], "ops", "*Linear*"),
+    ("neighbour-scale", "the scale of another token", "src/backends/cpu/page_reader.h",
+     [("cache.scale_plane(page)[token]", "cache.scale_plane(page)[token ^ 1]")], "agreement", CACHE),
+    ("rope-not-rescaled", "RoPE stored divided by the scale but fetched as it lies", "src/backends/cpu/quantize.cpp",
+     [("key[kKvLoraRank + d] * scale", "key[kKvLoraRank + d]")], "agreement", CACHE),
+    ("zero-row", "a zero row without its own rule", "src/numeric/scale.h",
+     [("  if (latent_amax == 0.0f) return 1.0f;\n", "")], "numeric", "*"),
+    ("no-saturation", "e4m3 without saturation", "src/numeric/float_types.h",
+     [("if (magnitude > largest) magnitude = largest;", "if (magnitude > 0x43f00000u) return Float8E4M3{0x7f};")],
+     "numeric", "*"),
+    ("unscaled-p", "P rounded without its block's scale", "src/backends/ref/attention.cpp",
+     [("numeric::e4m3_to_float(numeric::quantize_p(y[j], f.maximum))",
+       "numeric::kE4M3Max * numeric::e4m3_to_float(numeric::e4m3_from_float(std::exp2(y[j] - f.maximum)))")],
+     "agreement", DECODE),
+    ("split-rescale", "splits combined with e^x instead of 2^x", "src/backends/cpu/mla_decode.cpp",
+     [("const float w = std::exp2(lse2_", "const float w = std::exp(lse2_")], "agreement", DECODE),
+    ("empty-row-lse", "lse of an empty row +inf", "src/numeric/softmax.h",
+     [("return row.sum == 0.0f ? negative_infinity()", "return row.sum == 0.0f ? -negative_infinity()")],
+     "agreement", DECODE),
+    ("causal-top-left", "causal mask aligned at the top left", "src/backends/cpu/mla_decode.cpp",
+     [("const std::int64_t seen = length - seqlen_q_ + (item.first_row + r) / heads_ + 1 - begin;",
+       "const std::int64_t seen = (item.first_row + r) / heads_ + 1 - begin;")], "agreement", DECODE),
+    ("yarn-past-4096", "YaRN only for long contexts", "src/model/rope_table.cpp",
+     [("  const std::vector<double> inv_freq = rope_frequencies(config);\n",
+       "  ModelConfig plain = config;\n  if (positions <= 4096) plain.yarn.reset();\n"
+       "  const std::vector<double> inv_freq = rope_frequencies(plain);\n")], "engine", ENGINE),
+    ("cut-characters", "streamed characters cut into pieces", "src/model/tokenizer.cpp",
+     [("== -1) keep = n;", "== -1) keep = 0;")], "model", "*Tokenizer*"),
+    ("prefix-by-hash", "prefix pages found by hash alone", "src/kv_cache/prefix_index.cpp",
+     [("entry.parent == parent && std::ranges::equal(entry.tokens, tokens)", "entry.parent == parent")], "kv_cache", "*"),
+    ("no-copy-on-write", "a shared last page written without a copy", "src/kv_cache/paged_cache.cpp",
+     [("count > 0 && length_ % kPageSize != 0 &&", "count < 0 && length_ % kPageSize != 0 &&")], "kv_cache", "*"),
+    ("int32-offsets", "page times stride in 32 bits", "include/snapmla/kv_cache.h",
+     [("return latent + page * latent_page_stride;",
+       "return latent + static_cast<std::int32_t>(page * latent_page_stride);")], "kv_cache", "*"),
+]
+
+
+def run(command, **options):
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def copy_tree():
+    files = run(["git", "ls-files"], cwd=ROOT, check=True).stdout.splitlines()
+    for name in files:
+        source, target = ROOT / name, TREE / name
+        if name.startswith("models/") or not source.is_file():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists() or target.read_bytes() != source.read_bytes():
+            shutil.copyfile(source, target)
+    if not (TREE / "models").exists():
+        (TREE / "models").symlink_to(ROOT / "models")
+
+
+def build(suite):
+    environment = dict(os.environ, CCACHE_BASEDIR=str(TREE), CCACHE_NOHASHDIR="1")
+    if not (BUILD / "build.ninja").exists():
+        # -O1: twice as fast to compile, and the faults do not hide behind the optimiser.
+        run(["cmake", "-S", TREE, "-B", BUILD, "-G", "Ninja", "-DSNAPMLA_CUDA=OFF", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"],
+            check=True, env=environment)
+    return run(["ninja", "-C", BUILD, f"test_{suite}"], env=environment)
+
+
+def test(suite, pattern):
+    """(failed, number of failing tests, output); a crash counts as a failure."""
+    out = run([BUILD / "tests" / f"test_{suite}", f"--gtest_filter={expand(pattern)}", "--gtest_brief=1"], timeout=900)
+    failing = {line.split()[3].rstrip(",") for line in out.stdout.splitlines() if line.startswith("[  FAILED  ]") and "ms)" in line}
+    return out.returncode != 0, max(len(failing), int(out.returncode != 0)), out.stdout
+
+
+def expand(pattern):  # gtest knows no [1-4]
+    return ":".join(p.replace("[1-4]", n) for p in pattern.split(":") for n in ("1234" if "[1-4]" in p else "1"))
+
+
+def main():
+    chosen = [f for f in FAULTS if len(sys.argv) == 1 or f[0] in sys.argv[1:]]
+    if not chosen:
+        sys.exit("error: no such fault; known are " + ", ".join(f[0] for f in FAULTS))
+    copy_tree()
+    for suite in sorted({f[4] for f in chosen}):
+        built = build(suite)
+        if built.returncode != 0:
+            sys.exit(f"error: test_{suite} does not build unchanged:\n{built.stdout[-3000:]}")
+        for pattern in sorted({f[5] for f in chosen if f[4] == suite}):
+            failed, _, log = test(suite, pattern)
+            if failed:
+                sys.exit(f"error: test_{suite} fails unchanged:\n{log[-3000:]}")
+    rows, bad = [], 0
+    for name, what, path, edits, suite, pattern in chosen:
+        start, target = time.time(), TREE / path
+        original = target.read_text()
+        text = original
+        for old, new in edits:
+            if old not in text:
+                sys.exit(f"error: {name}: {path} does not hold {old!r}")
+            text = text.replace(old, new)
+        try:
+            target.write_text(text)
+            built = build(suite)
+            if built.returncode != 0:
+                print(f"{name}: does not compile\n{built.stdout[-2000:]}")
+                bad += 1
+                continue
+            failed, count, _ = test(suite, pattern)
+        finally:
+            target.write_text(original)
+        bad += not failed
+        verdict = f"{count} failing" if failed else "NOT NOTICED"
+        print(f"{name}: {verdict} in test_{suite} ({time.time() - start:.0f} s)", flush=True)
+        rows.append(f"| {name} | {what} | `{path}` | {suite} | {verdict} |")
+    if len(sys.argv) == 1:
+        version = run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT).stdout.strip()
+        DOC.write_text(
+            "# Planted faults\n\nEach fault was put into a copy of the sources and the named suite was run on it "
+            f"(`tools/planted_faults.py`, sources of {version}).\nThe unchanged sources pass the same tests. "
+            "The last column counts failing tests under the script's filter; a crash counts as one.\n\n"
+            "| fault | what goes wrong | file | suite | result |\n|---|---|---|---|---|\n" + "\n".join(rows) + "\n")
+    print(f"{len(chosen) - bad} of {len(chosen)} faults noticed")
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
