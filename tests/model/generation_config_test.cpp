@@ -33,7 +33,8 @@ TEST(GenerationConfig, ReadsWhatIsThere) {
   EXPECT_EQ(read(R"({"temperature": 0})").temperature, 0.0);
 }
 
-class GenerationConfigRefused : public testing::TestWithParam<std::pair<const char*, const char*>> {};
+class GenerationConfigRefused : public testing::TestWithParam<std::pair<const char*, const char*>> {
+};
 
 TEST_P(GenerationConfigRefused, NamesFileAndField) {
   try {
