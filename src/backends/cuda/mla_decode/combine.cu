@@ -4,7 +4,7 @@
 //   lse = ln 2 (m + log2 sum_s w_s);  all -inf: O = 0, lse = -inf
 //
 // kWarps warps share a row: each takes every kWarps-th split, a lane 16 of the 512 dims. One warp
-// per row is best for many rows with few splits, eight for a single long request.
+// per row is best for many rows with few splits, a whole CTA for a single long request.
 #include "backends/cuda/launch.h"
 #include "backends/cuda/mla_decode/combine.h"
 #include "backends/cuda/ptx/convert.h"
@@ -14,7 +14,8 @@
 namespace snapmla::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 512;
+constexpr int kWarpsPerCta = kThreads / 32;
 
 struct Row {
   float o[16];  // dims 4 lane + 128 i + {0..3}
@@ -39,7 +40,7 @@ __device__ Row merge(const DecodeParams& p, int first_slot, int count, int row, 
             : -INFINITY;
     const float w = ptx::ex2_approx_ftz(lse - maximum);
     const int n = min(32, count - chunk);
-#pragma unroll 2
+#pragma unroll 4
     for (int i = (begin + step - chunk % step) % step; i < n; i += step) {
       const float weight = __shfl_sync(~0u, w, i);
       if (weight == 0.0f) continue;  // its output may never have been written
@@ -84,56 +85,65 @@ __device__ void write(const DecodeParams& p, int request, int row, const Row& r,
 }
 
 template <int kWarps>
-__global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ DecodeParams p) {
+__device__ void combine_row(const DecodeParams& p, int request, int row) {
   __shared__ float shared_o[kWarps > 1 ? kWarps : 1][512];
   __shared__ float shared_weight[kWarps];
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, share = warp % kWarps;
+  const int first = p.plan.split_begin[request], count = p.plan.split_count[request];
+  if (count == 1) return;  // written directly
+  float maximum = -INFINITY;
+  for (int split = lane; split < count; split += 32)
+    maximum =
+        fmaxf(maximum, p.plan.lse_accum[static_cast<std::int64_t>(first + split) * p.rows + row]);
+  maximum = warp_max(maximum);
+  if (maximum == -INFINITY) maximum = 0.0f;  // all empty, or NaN, which must reach the output
+  Row r = merge(p, first, count, row, share, kWarps, maximum);
+  if constexpr (kWarps > 1) {
+    for (int k = 0; k < 16; ++k) shared_o[warp][k * 32 + lane] = r.o[k];
+    if (lane == 0) shared_weight[warp] = r.weight;
+    __syncthreads();
+    if (warp != 0) return;
+    for (int w = 1; w < kWarps; ++w) {
+      r.weight += shared_weight[w];
+      for (int k = 0; k < 16; ++k) r.o[k] += shared_o[w][k * 32 + lane];
+    }
+  }
+  if (share == 0) write(p, request, row, r, maximum);
+}
+
+// Few requests: grid (rows, batch), a CTA per row.
+__global__ void __launch_bounds__(kThreads)
+    combine_few_kernel(const __grid_constant__ DecodeParams p) {
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, share = warp % kWarps;
-  const int row = (static_cast<int>(blockIdx.x) * (kThreads / 32) + warp) / kWarps;
-  if (row >= p.rows) return;  // kWarps > 1: the whole CTA at once
+  combine_row<kWarpsPerCta>(p, static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x));
+}
+
+// Many requests: grid (rows / 16, at most 128), a warp per row, over the plan's list of those that
+// were split.
+__global__ void __launch_bounds__(kThreads)
+    combine_many_kernel(const __grid_constant__ DecodeParams p) {
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const int row = static_cast<int>(blockIdx.x) * kWarpsPerCta + static_cast<int>(threadIdx.x >> 5);
+  if (row >= p.rows) return;
   const int num_merged = *p.plan.num_merged;
-  for (int i = static_cast<int>(blockIdx.y); i < num_merged; i += static_cast<int>(gridDim.y)) {
-    const int request = p.plan.merged[i];
-    const int first = p.plan.split_begin[request], count = p.plan.split_count[request];
-    float maximum = -INFINITY;
-    for (int split = lane; split < count; split += 32)
-      maximum =
-          fmaxf(maximum, p.plan.lse_accum[static_cast<std::int64_t>(first + split) * p.rows + row]);
-    maximum = warp_max(maximum);
-    if (maximum == -INFINITY) maximum = 0.0f;  // all empty, or NaN, which must reach the output
-    Row r = merge(p, first, count, row, share, kWarps, maximum);
-    if constexpr (kWarps > 1) {
-      for (int k = 0; k < 16; ++k) shared_o[warp][k * 32 + lane] = r.o[k];
-      if (lane == 0) shared_weight[warp] = r.weight;
-      __syncthreads();
-      if (warp == 0) {
-        for (int w = 1; w < kWarps; ++w) {
-          r.weight += shared_weight[w];
-          for (int k = 0; k < 16; ++k) r.o[k] += shared_o[w][k * 32 + lane];
-        }
-      }
-      __syncthreads();
-    }
-    if (share == 0) write(p, request, row, r, maximum);
-  }
+  for (int i = static_cast<int>(blockIdx.y); i < num_merged; i += static_cast<int>(gridDim.y))
+    combine_row<1>(p, p.plan.merged[i], row);
 }
 
 }  // namespace
 
 void launch_combine(const DecodeParams& p, cudaStream_t stream) {
-  constexpr int kWarpsPerCta = kThreads / 32;
-  // Few requests: their rows alone do not fill the GPU, so eight warps share one.
   const auto requests = static_cast<unsigned>(p.batch);
   if (p.batch <= 8) {
-    launch("combine", Ordering::kOverlap, combine_kernel<kWarpsPerCta>,
+    launch("combine", Ordering::kOverlap, combine_few_kernel,
            dim3(static_cast<unsigned>(p.rows), requests), dim3(kThreads), 0, stream, p);
     return;
   }
   const auto groups = static_cast<unsigned>((p.rows + kWarpsPerCta - 1) / kWarpsPerCta);
-  const unsigned merged = requests < 128 ? requests : 128;  // the others come in the loop
-  launch("combine", Ordering::kOverlap, combine_kernel<1>, dim3(groups, merged), dim3(kThreads), 0,
-         stream, p);
+  launch("combine", Ordering::kOverlap, combine_many_kernel,
+         dim3(groups, requests < 128 ? requests : 128), dim3(kThreads), 0, stream, p);
 }
 
 }  // namespace snapmla::cuda

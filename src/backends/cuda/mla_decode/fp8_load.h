@@ -1,0 +1,158 @@
+// Warpgroup 0 of the FP8 decode kernel: page copies, token factors, the query.
+#pragma once
+
+#include "backends/cuda/mla_decode/fp8_storage.h"
+#include "backends/cuda/ptx/bulk_copy.h"
+#include "backends/cuda/ptx/convert.h"
+#include "backends/cuda/ptx/fence.h"
+#include "backends/cuda/ptx/shared.h"
+
+namespace snapmla::cuda {
+namespace fp8_decode {
+
+// One thread. Chunks arrive in the order in which QK takes them (0 2 1 3, rope), so that PV of the
+// previous tile frees both halves of the output dims early. A second page that the request does not
+// have is not looked up.
+template <class Storage>
+__device__ void copy_pages(const DecodeParams& p, Storage& s, int item_begin, int item_end) {
+  constexpr std::uint32_t kOrder = 0xb9a8;  // low two bits of each digit: 0 2 1 3
+  Turn turn;
+  for (int i = item_begin; i < item_end; ++i) {
+    const int request = p.plan.items[i].request;
+    int tile = p.plan.items[i].tile_begin;
+    const int tile_end = p.plan.items[i].tile_end;
+    const std::int32_t* entry = p.block_table + request * p.table_stride + tile * 2;
+    int pages_left = (p.cache_seqlens[request] + 63) / 64 - tile * 2;
+    int next0 = entry[0], next1 = pages_left > 1 ? entry[1] : -1;
+    for (; tile < tile_end; ++tile, turn.next()) {
+      const int page0 = next0, page1 = next1;
+      entry += 2;
+      pages_left -= 2;
+      if (tile + 1 < tile_end) {  // before the waits: hides the latency of the table
+        next0 = entry[0];
+        next1 = pages_left > 1 ? entry[1] : -1;
+      }
+      const int slot = turn.slot();
+      // `bytes` of both pages, each from its plane, to consecutive places.
+      const auto copy = [&](std::uint32_t to, const std::uint8_t* plane, std::int64_t stride,
+                            std::uint32_t bytes, std::uint32_t full) {
+        bulk_copy_g2s(to, plane + page0 * stride, bytes, full);
+        if (page1 >= 0) bulk_copy_g2s(to + bytes, plane + page1 * stride, bytes, full);
+      };
+      const auto begin = [&](int c, std::uint32_t bytes) {
+        wait(s.k_empty[slot][c], turn.phase() ^ 1);
+        const std::uint32_t full = shared_address(&s.k_full[slot][c]);
+        mbarrier_arrive_expect_tx(full, page1 < 0 ? bytes : 2 * bytes);
+        return full;
+      };
+#pragma unroll 1
+      for (std::uint32_t order = kOrder; order != 0; order >>= 4) {
+        const int c = static_cast<int>(order & 3);
+        const std::uint32_t full = begin(c, kPageBytesChunk);
+        copy(shared_address(s.keys[slot][c]), p.kv_latent + c * kPageBytesChunk,
+             p.latent_page_stride, kPageBytesChunk, full);
+      }
+      const std::uint32_t full = begin(kRopeChunk, kPageBytesChunk);
+      copy(shared_address(s.keys[slot][kRopeChunk]), p.kv_rope, p.rope_page_stride, kPageBytesChunk,
+           full);
+    }
+  }
+}
+
+// One warp: what the score warps need of each token, from its scale. Tokens past the end of the
+// request get zeros (their scales may be anything). A scale that is not positive is NaN. Scales are
+// read straight from global memory, a tile ahead, and page numbers two tiles ahead.
+template <class Traits, class Storage>
+__device__ void make_factors(const DecodeParams& p, Storage& s, int item_begin, int item_end) {
+  const int lane = threadIdx.x & 31, page = lane >> 4;  // four tokens per lane
+  Turn turn;
+  for (int i = item_begin; i < item_end; ++i) {
+    const int request = p.plan.items[i].request;
+    int tiles_left = p.plan.items[i].tile_end - p.plan.items[i].tile_begin;
+    const int tile_begin = p.plan.items[i].tile_begin;
+    int valid = p.cache_seqlens[request] - tile_begin * kTileTokens - lane * 4;  // of this lane's
+    const std::int32_t* entry = p.block_table + request * p.table_stride + tile_begin * 2 + page;
+    // Pages are looked up only where a token of this lane's page exists.
+    int pages_left = (p.cache_seqlens[request] + 63) / 64 - tile_begin * 2 - page;
+    const auto load = [&](int page_id) {
+      if (page_id < 0) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      return *reinterpret_cast<const float4*>(p.kv_scale + page_id * p.scale_page_stride +
+                                              (lane & 15) * 16);
+    };
+    const auto page_at = [&](int tile) {
+      return tile < tiles_left && tile * 2 < pages_left ? entry[tile * 2] : -1;
+    };
+    float4 next = load(page_at(0));
+    int next_page = page_at(1);
+    for (; tiles_left > 0;
+         --tiles_left, valid -= kTileTokens, entry += 2, pages_left -= 2, turn.next()) {
+      const int buffer = turn.slot();
+      float scale[4] = {next.x, next.y, next.z, next.w};
+      next = load(next_page);
+      next_page = page_at(2);
+      float smallest = INFINITY;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (!(scale[e] > 0.0f)) scale[e] = __int_as_float(0x7fc00000);
+        if (e >= valid) scale[e] = 0.0f;
+        if (scale[e] > 0.0f) smallest = fminf(smallest, scale[e]);
+      }
+      // Lanes 0-15 hold the first 64 tokens, 16-31 the second.
+#pragma unroll
+      for (int d = 1; d < Traits::kPBlock / 4; d *= 2)
+        smallest = fminf(smallest, __shfl_xor_sync(~0u, smallest, d));
+      if (smallest == INFINITY) smallest = 1.0f;
+      wait(s.f_empty[buffer], turn.phase() ^ 1);
+      *reinterpret_cast<float4*>(&s.token_scale[buffer][lane * 4]) =
+          make_float4(scale[0], scale[1], scale[2], scale[3]);
+      const int n = lane >> 1;
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        const float s0 = scale[2 * pair], s1 = scale[2 * pair + 1];
+        const int t = (lane & 1) * 2 + pair;
+        // A bad token reaches the rows that see it through its score; those that do not must not
+        // meet its NaN here.
+        s.sum_factors[buffer][t][n] = cvt_f16x2(s0 > 0.0f ? __fdividef(smallest, s0) : 0.0f,
+                                                s1 > 0.0f ? __fdividef(smallest, s1) : 0.0f);
+      }
+      if (lane % (Traits::kPBlock / 4) == 0)
+        s.sum_norm[buffer][lane * 4 / Traits::kPBlock] = 1.0f / smallest;
+      arrive_warp(s.f_full[buffer]);
+    }
+  }
+}
+
+// Two warps: the query of each item into the swizzled image; rows past the end become zeros.
+template <class Storage>
+__device__ void load_query(const DecodeParams& p, Storage& s, int item_begin, int item_end,
+                           int row_begin) {
+  const int thread = threadIdx.x & 63;
+  for (int i = item_begin; i < item_end; ++i) {
+    const std::int32_t request = p.plan.items[i].request;
+    wait(s.q_empty, static_cast<std::uint32_t>(i - item_begin + 1) & 1);
+    const std::uint8_t* latent = p.q_latent + request * p.q_latent_stride.batch;
+    const std::uint8_t* rope = p.q_rope + request * p.q_rope_stride.batch;
+#pragma unroll 1
+    for (int r = thread >> 3; r < 64; r += 8) {
+      const int row = row_begin + r;
+      const int token = row / p.heads_q, head = row % p.heads_q;
+      const std::uint32_t bytes = row < p.rows ? 16 : 0;
+      const int unit = thread & 7;
+      const std::uint32_t to = shared_address(s.query[0]) + r * 128 + ((unit ^ (r & 7)) << 4);
+      const std::int64_t at =
+          bytes ? token * p.q_latent_stride.token + head * p.q_latent_stride.head : 0;
+      const std::int64_t rope_at =
+          bytes ? token * p.q_rope_stride.token + head * p.q_rope_stride.head : 0;
+#pragma unroll 1
+      for (int c = 0; c < kChunks; ++c)
+        cp_async_16(to + c * kQueryChunkBytes,
+                    (c == kRopeChunk ? rope + rope_at : latent + at + c * 128) + unit * 16, bytes);
+    }
+    cp_async_wait_all();
+    fence_proxy_async_shared();
+    arrive_warp(s.q_full);
+  }
+}
+
+}  // namespace fp8_decode
+}  // namespace snapmla::cuda

@@ -1,0 +1,101 @@
+// Traits and shared memory of the FP8 decode kernel, and what all of its warps use. See
+// fp8_kernel.h.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "backends/cuda/mla_decode/decode_params.h"
+#include "backends/cuda/ptx/mbarrier.h"
+#include "backends/cuda/ptx/wgmma.h"
+
+namespace snapmla::cuda {
+
+// kRows: rows that PV computes, the width N of its wgmma. kPBlock: tokens that share a P scale.
+template <int kRows_, int kPBlock_>
+struct Fp8DecodeTraits {
+  static constexpr int kRows = kRows_;
+  static constexpr int kPBlock = kPBlock_;
+  static_assert(kRows == 16 || kRows == 32 || kRows == 64, "PV width is 16, 32 or 64 rows");
+  static_assert(kPBlock == 64 || kPBlock == 128, "P is quantised per 64 or 128 tokens");
+  static constexpr int kBlocks = kTileTokens / kPBlock;  // P blocks of a tile
+  static constexpr int kStages = 2;
+  static constexpr int kThreads = 512;
+  // Registers per thread: 128 * (24 + scores + 2 * pv) = 65,536 at most. With fewer rows O is
+  // small and the score warps may keep more.
+  static constexpr int kScoreRegisters = kRows == 64 ? 104 : 168;
+  static constexpr int kPvRegisters = kRows == 64 ? 192 : 144;
+};
+
+inline constexpr int kPageBytesChunk = 8192;  // 64 tokens x 128 bytes
+inline constexpr int kChunkBytes = 16384;     // 128 tokens x 128 bytes
+inline constexpr int kLatentChunks = 4, kRopeChunk = 4, kChunks = 5;
+inline constexpr int kQueryChunkBytes = 64 * 128;  // 64 rows x 128 bytes
+// Per-row floats (sigma, 1/l, rescale) lie by lane: lane t of a quad owns rows 8n + 2t + e and
+// reads them as 16-byte vectors at t * 20 + 2n + e, free of bank conflicts.
+inline constexpr int kRowFloats = 80;
+__device__ __forceinline__ int row_float(int row) {
+  return ((row & 7) >> 1) * 20 + (row >> 3) * 2 + (row & 1);
+}
+
+template <class Traits>
+struct alignas(1024) Fp8SharedStorage {
+  static constexpr int kStages = Traits::kStages, kBlocks = Traits::kBlocks;
+  std::uint8_t query[kChunks][kQueryChunkBytes];     // chunk 4: rope
+  std::uint8_t keys[kStages][kChunks][kChunkBytes];  // chunk 4: rope
+  std::uint8_t p[2][64 * 128];                       // [row][128 tokens] e4m3, swizzled
+  float token_scale[2][kTileTokens];                 // s of each token, 0 past the end, NaN if bad
+  std::uint32_t sum_factors[2][4][16];               // [t][n]: f16x2 s_min / s of those tokens
+  float sigma[2][kBlocks][kRowFloats];
+  float rescale[2][kRowFloats];
+  float inverse_sum[4][kRowFloats];  // 1 / l, by item: PV may be three items behind
+  float sum_norm[2][kBlocks];        // 1 / s_min of the block
+  std::uint32_t rescale_flags[2];    // byte w: score warp w moved a reference
+  int row_visible[64];               // keys that each row sees, of the current item
+  std::int64_t row_offset[64];       // of out, from the request; -1: no row
+  std::uint64_t k_full[kStages][kChunks], k_empty[kStages][kChunks];
+  std::uint64_t f_full[2], f_empty[2];
+  std::uint64_t p_full[2], p_empty[2];
+  std::uint64_t q_full, q_empty;
+};
+
+namespace fp8_decode {
+
+using namespace ptx;
+
+// Ring position of the n-th tile of this CTA: slot n % 2, phase n / 2 % 2.
+struct Turn {
+  std::uint32_t n = 0;
+  __device__ int slot() const { return static_cast<int>(n & 1); }
+  __device__ std::uint32_t phase() const { return (n >> 1) & 1; }
+  __device__ void next() { ++n; }
+};
+
+// The same value, through a shuffle with itself: the compiler would otherwise read the thread index
+// anew at every use, at about 50 cycles each, to save a register.
+__device__ __forceinline__ int keep(int value) {
+  return __shfl_sync(~0u, value, static_cast<int>(threadIdx.x & 31));
+}
+
+__device__ __forceinline__ void arrive_warp(std::uint64_t& barrier) {
+  __syncwarp();
+  if ((threadIdx.x & 31) == 0) mbarrier_arrive(shared_address(&barrier));
+}
+
+__device__ __forceinline__ void wait(std::uint64_t& barrier, std::uint32_t phase) {
+  mbarrier_wait(shared_address(&barrier), phase);
+}
+
+__device__ __forceinline__ std::uint64_t k_major(std::uint32_t address) {
+  return descriptor_swizzle128(address, 16, 1024);
+}
+
+// Number of keys that row `row` of its row tile sees.
+__device__ __forceinline__ int visible_keys(const DecodeParams& p, int row, int length) {
+  const int token = min(row / p.heads_q, p.seqlen_q - 1);
+  return max(0, length - p.seqlen_q + token + 1);
+}
+
+}  // namespace fp8_decode
+}  // namespace snapmla::cuda
