@@ -49,13 +49,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       mbarrier_init(shared_address(&barrier), static_cast<std::uint32_t>(arrivals));
     };
     for (int slot = 0; slot < 2; ++slot) {
-      for (int c = 0; c < kChunks; ++c) {
-        init(s.k_full[slot][c], 1);
-        init(s.k_empty[slot][c],
-             c == kRopeChunk ? 4 : 8);  // the score warps; the PV warps of a half
+      for (int group = 0; group < kGroups; ++group) {
+        const bool rope = group == kRopeGroup;
+        init(s.k_full[slot][group], rope ? 2 : 1);    // the copies; the token factors
+        init(s.k_empty[slot][group], rope ? 4 : 12);  // the score warps; the PV warps
       }
-      init(s.f_full[slot], 1);
-      init(s.f_empty[slot], 4);
       init(s.p_full[slot], 4);
       init(s.p_empty[slot], 8);
       s.rescale_flags[slot] = 0;

@@ -10,12 +10,11 @@
 namespace snapmla::cuda {
 namespace fp8_decode {
 
-// One thread. Chunks arrive in the order in which QK takes them (0 2 1 3, rope), so that PV of the
-// previous tile frees both halves of the output dims early. A second page that the request does not
-// have is not looked up.
+// One thread. Groups arrive in the order in which QK takes them, so that PV of the previous tile
+// frees both halves of the output dims early. A second page that the request does not have is not
+// looked up.
 template <class Storage>
 __device__ void copy_pages(const DecodeParams& p, Storage& s, int item_begin, int item_end) {
-  constexpr std::uint32_t kOrder = 0xb9a8;  // low two bits of each digit: 0 2 1 3
   Turn turn;
   for (int i = item_begin; i < item_end; ++i) {
     const int request = p.plan.items[i].request;
@@ -33,28 +32,28 @@ __device__ void copy_pages(const DecodeParams& p, Storage& s, int item_begin, in
         next1 = pages_left > 1 ? entry[1] : -1;
       }
       const int slot = turn.slot();
-      // `bytes` of both pages, each from its plane, to consecutive places.
-      const auto copy = [&](std::uint32_t to, const std::uint8_t* plane, std::int64_t stride,
-                            std::uint32_t bytes, std::uint32_t full) {
-        bulk_copy_g2s(to, plane + page0 * stride, bytes, full);
-        if (page1 >= 0) bulk_copy_g2s(to + bytes, plane + page1 * stride, bytes, full);
-      };
-      const auto begin = [&](int c, std::uint32_t bytes) {
-        wait(s.k_empty[slot][c], turn.phase() ^ 1);
-        const std::uint32_t full = shared_address(&s.k_full[slot][c]);
-        mbarrier_arrive_expect_tx(full, page1 < 0 ? bytes : 2 * bytes);
+      const auto begin = [&](int group, int chunks) {
+        wait(s.k_empty[slot][group], turn.phase() ^ 1);
+        const std::uint32_t full = shared_address(&s.k_full[slot][group]);
+        mbarrier_arrive_expect_tx(full, chunks * kPageBytesChunk * (page1 < 0 ? 1 : 2));
         return full;
       };
+      // One chunk of both pages, each from its plane, to consecutive places.
+      const auto copy = [&](int c, const std::uint8_t* plane, std::int64_t stride,
+                            std::uint32_t full) {
+        const std::uint32_t to = shared_address(s.keys[slot][c]);
+        bulk_copy_g2s(to, plane + page0 * stride, kPageBytesChunk, full);
+        if (page1 >= 0)
+          bulk_copy_g2s(to + kPageBytesChunk, plane + page1 * stride, kPageBytesChunk, full);
+      };
 #pragma unroll 1
-      for (std::uint32_t order = kOrder; order != 0; order >>= 4) {
-        const int c = static_cast<int>(order & 3);
-        const std::uint32_t full = begin(c, kPageBytesChunk);
-        copy(shared_address(s.keys[slot][c]), p.kv_latent + c * kPageBytesChunk,
-             p.latent_page_stride, kPageBytesChunk, full);
+      for (int c = 0; c < 2; ++c) {
+        const std::uint32_t full = begin(c, 2);
+#pragma unroll 1
+        for (int chunk = c; chunk < kLatentChunks; chunk += 2)
+          copy(chunk, p.kv_latent + chunk * kPageBytesChunk, p.latent_page_stride, full);
       }
-      const std::uint32_t full = begin(kRopeChunk, kPageBytesChunk);
-      copy(shared_address(s.keys[slot][kRopeChunk]), p.kv_rope, p.rope_page_stride, kPageBytesChunk,
-           full);
+      copy(kRopeChunk, p.kv_rope, p.rope_page_stride, begin(kRopeGroup, 1));
     }
   }
 }
@@ -102,7 +101,8 @@ __device__ void make_factors(const DecodeParams& p, Storage& s, int item_begin, 
       for (int d = 1; d < Traits::kPBlock / 4; d *= 2)
         smallest = fminf(smallest, __shfl_xor_sync(~0u, smallest, d));
       if (smallest == INFINITY) smallest = 1.0f;
-      wait(s.f_empty[buffer], turn.phase() ^ 1);
+      // The factors of two tiles ago are free once the score warps have handed over that tile's P.
+      wait(s.p_full[buffer], turn.phase() ^ 1);
       *reinterpret_cast<float4*>(&s.token_scale[buffer][lane * 4]) =
           make_float4(scale[0], scale[1], scale[2], scale[3]);
       const int n = lane >> 1;
@@ -117,7 +117,7 @@ __device__ void make_factors(const DecodeParams& p, Storage& s, int item_begin, 
       }
       if (lane % (Traits::kPBlock / 4) == 0)
         s.sum_norm[buffer][lane * 4 / Traits::kPBlock] = 1.0f / smallest;
-      arrive_warp(s.f_full[buffer]);
+      arrive_warp(s.k_full[buffer][kRopeGroup]);
     }
   }
 }

@@ -25,7 +25,7 @@ __device__ __forceinline__ void qk_gemm(Storage& s, Turn turn, float (&scores)[6
     const int c = kOrder[o];
     const std::uint64_t a = k_major(shared_address(s.query[c]));
     const std::uint64_t b = k_major(shared_address(s.keys[slot][c]));
-    wait(s.k_full[slot][c], turn.phase());
+    if (o % 2 == 0) wait(s.k_full[slot][o / 2], turn.phase());
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k)
@@ -35,7 +35,7 @@ __device__ __forceinline__ void qk_gemm(Storage& s, Turn turn, float (&scores)[6
   // large accumulator would lose bits; BF16 ones do not.
   const std::uint64_t a = k_major(shared_address(s.query[kRopeChunk]));
   const std::uint64_t b = k_major(shared_address(s.keys[slot][kRopeChunk]));
-  wait(s.k_full[slot][kRopeChunk], turn.phase());
+  wait(s.k_full[slot][kRopeGroup], turn.phase());  // the token factors too
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < 4; ++k) wgmma_ss_m64n128k16_bf16(scores, a + k * kStep, b + k * kStep, 1);
@@ -160,32 +160,36 @@ __device__ __forceinline__ void quantize_block(Storage& s, int buffer, int block
     s.sigma[buffer][block][lane.row_at + 2] = sigma[1];
   }
   float sum[2] = {0.0f, 0.0f};
+  std::uint32_t part[2] = {0u, 0u};
 #pragma unroll
   for (int i = 0; i < kSteps; i += 4) {  // 32 tokens: two 16-byte units of a P row
     const int n = n0 + i;
     const uint4 ratio4 = *reinterpret_cast<const uint4*>(&s.sum_factors[buffer][lane.t][n]);
     const std::uint32_t ratio[4] = {ratio4.x, ratio4.y, ratio4.z, ratio4.w};
-    std::uint32_t words[4], part[2] = {0u, 0u};
+    std::uint32_t words[4];
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        std::uint32_t codes[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int at = 4 * (n + 2 * pair + h) + 2 * r;
-          codes[h] =
-              cvt_e4m3x2(ex2_approx_ftz(y[at] - shift[r]), ex2_approx_ftz(y[at + 1] - shift[r]));
-          part[r] = fma_f16x2(cvt_f16x2_from_e4m3x2(codes[h]), ratio[2 * pair + h], part[r]);
-        }
-        words[2 * pair + r] = codes[0] | codes[1] << 16;
+        const float* x = &y[4 * (n + 2 * pair) + 2 * r];  // columns 8n + 2t, + 1, + 8, + 9
+        const std::uint32_t codes =
+            cvt_e4m3x4(ex2_approx_ftz(x[0] - shift[r]), ex2_approx_ftz(x[1] - shift[r]),
+                       ex2_approx_ftz(x[4] - shift[r]), ex2_approx_ftz(x[5] - shift[r]));
+        std::uint32_t low, high;
+        cvt_f16x4_from_e4m3x4(codes, low, high);
+        part[r] = fma_f16x2(low, ratio[2 * pair], part[r]);
+        part[r] = fma_f16x2(high, ratio[2 * pair + 1], part[r]);
+        words[2 * pair + r] = codes;
       }
     }
     stmatrix_x4(lane.store_at + buffer * 8192 + (((n >> 1) ^ lane.store_unit) << 4), words);
+    if (i % 8 == 4) {  // f16 holds the sum of 8 x 448 with 11 bits; more would cost precision
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float2 f = cvt_f32x2_from_f16x2(part[r]);
-      sum[r] += f.x + f.y;
+      for (int r = 0; r < 2; ++r) {
+        const float2 f = cvt_f32x2_from_f16x2(part[r]);
+        sum[r] += f.x + f.y;
+        part[r] = 0u;
+      }
     }
   }
   const float norm = s.sum_norm[buffer][block];
@@ -268,7 +272,6 @@ __device__ void score(const DecodeParams& p, Storage& s, int item_begin, int ite
       const int slot = turn.slot(), buffer = slot;
       float scores[64];
       qk_gemm(s, turn, scores);
-      wait(s.f_full[buffer], turn.phase());
       float2 f[8];
 #pragma unroll
       for (int n = 0; n < 8; ++n) f[n] = token_scales(s, buffer, n, lane.t);
@@ -278,8 +281,8 @@ __device__ void score(const DecodeParams& p, Storage& s, int item_begin, int ite
       __syncwarp();
       if ((thread & 31) == 0) {
 #pragma unroll
-        for (int chunk = 0; chunk < kChunks; ++chunk)
-          mbarrier_arrive(shared_address(&s.k_empty[slot][chunk]));
+        for (int group = 0; group < kGroups; ++group)
+          mbarrier_arrive(shared_address(&s.k_empty[slot][group]));
         if (tiles_left == 1) mbarrier_arrive(shared_address(&s.q_empty));
       }
       if (active) {
@@ -305,10 +308,7 @@ __device__ void score(const DecodeParams& p, Storage& s, int item_begin, int ite
         fence_proxy_async_shared();
       }
       __syncwarp();
-      if ((thread & 31) == 0) {
-        mbarrier_arrive(shared_address(&s.p_full[buffer]));
-        mbarrier_arrive(shared_address(&s.f_empty[buffer]));
-      }
+      if ((thread & 31) == 0) mbarrier_arrive(shared_address(&s.p_full[buffer]));
     }
   }
 }

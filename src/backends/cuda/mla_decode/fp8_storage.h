@@ -31,6 +31,9 @@ struct Fp8DecodeTraits {
 inline constexpr int kPageBytesChunk = 8192;  // 64 tokens x 128 bytes
 inline constexpr int kChunkBytes = 16384;     // 128 tokens x 128 bytes
 inline constexpr int kLatentChunks = 4, kRopeChunk = 4, kChunks = 5;
+// Chunks that arrive and are released together: {0, 2}, the first half of each PV warpgroup's dims;
+// {1, 3}, the second; rope, with the token factors.
+inline constexpr int kRopeGroup = 2, kGroups = 3;
 inline constexpr int kQueryChunkBytes = 64 * 128;  // 64 rows x 128 bytes
 // Per-row floats (sigma, 1/l, rescale) lie by lane: lane t of a quad owns rows 8n + 2t + e and
 // reads them as 16-byte vectors at t * 20 + 2n + e, free of bank conflicts.
@@ -54,8 +57,7 @@ struct alignas(1024) Fp8SharedStorage {
   std::uint32_t rescale_flags[2];    // byte w: score warp w moved a reference
   int row_visible[64];               // keys that each row sees, of the current item
   std::int64_t row_offset[64];       // of out, from the request; -1: no row
-  std::uint64_t k_full[kStages][kChunks], k_empty[kStages][kChunks];
-  std::uint64_t f_full[2], f_empty[2];
+  std::uint64_t k_full[kStages][kGroups], k_empty[kStages][kGroups];
   std::uint64_t p_full[2], p_empty[2];
   std::uint64_t q_full, q_empty;
 };

@@ -41,7 +41,7 @@ template <class Storage>
 __device__ __noinline__ void clear_tail(Storage& s, Turn turn, int half, int valid) {
   const int thread = threadIdx.x & 127;
   for (int c = half * 2; c < half * 2 + 2; ++c) {
-    wait(s.k_full[turn.slot()][c], turn.phase());
+    wait(s.k_full[turn.slot()][c & 1], turn.phase());
     auto* units = reinterpret_cast<uint4*>(s.keys[turn.slot()][c]);
     for (int u = valid * 8 + thread; u < kTileTokens * 8; u += 128)
       units[u] = make_uint4(0, 0, 0, 0);
@@ -155,7 +155,7 @@ __device__ __forceinline__ void pv_tile(Storage& s, int slot, std::uint32_t phas
   // Two fragment buffers of 64 tokens take turns: while one feeds wgmma, the other is loaded; sigma
   // borrows the registers of the first before the promotion.
   std::uint32_t values[2][2][4];
-  wait(s.k_full[slot][half * 2], phase);
+  wait(s.k_full[slot][0], phase);
   load_values(at(0, 0), values[0]);
   wait(s.p_full[buffer], phase);
   const std::uint32_t moved = s.rescale_flags[buffer];
@@ -179,11 +179,11 @@ __device__ __forceinline__ void pv_tile(Storage& s, int slot, std::uint32_t phas
     pv_step<kRows>(acc, b[0], p_operand + 4, Traits::kBlocks == 1);
     pv_step<kRows>(acc, b[1], p_operand + 6, 1);
     wgmma_commit();
-    if (m == 1) arrive_warp(s.k_empty[slot][half * 2]);
-    if (m == 3) arrive_warp(s.k_empty[slot][half * 2 + 1]);
+    if (m == 1) arrive_warp(s.k_empty[slot][0]);
+    if (m == 3) arrive_warp(s.k_empty[slot][1]);
     if constexpr (Traits::kBlocks == 1) wgmma_wait<1>();
     load_sigma(Traits::kBlocks - 1);
-    if (m == 1) wait(s.k_full[slot][half * 2 + 1], phase);
+    if (m == 1) wait(s.k_full[slot][1], phase);
     wgmma_wait<0>();
     pin_registers(acc);
     if (m < 3) load_values(at(m + 1, 0), b);

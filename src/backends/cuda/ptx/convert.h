@@ -5,18 +5,31 @@
 
 namespace snapmla::cuda::ptx {
 
-// Two e4m3 codes, `low` in the low byte: clamped to +-448, round to nearest even, NaN is 0x7f.
-__device__ __forceinline__ std::uint32_t cvt_e4m3x2(float low, float high) {
-  std::uint16_t codes;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
+// Four e4m3 codes, x0 in the low byte: clamped to +-448, round to nearest even, NaN is 0x7f.
+__device__ __forceinline__ std::uint32_t cvt_e4m3x4(float x0, float x1, float x2, float x3) {
+  std::uint32_t codes;
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      "mov.b32 %0, {low, high};\n"
+      "}"
+      : "=r"(codes)
+      : "f"(x0), "f"(x1), "f"(x2), "f"(x3));
   return codes;
 }
 
-// The values of the two codes in bits 0..15, as f16 (exact).
-__device__ __forceinline__ std::uint32_t cvt_f16x2_from_e4m3x2(std::uint32_t codes) {
-  std::uint32_t values;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(values) : "h"(static_cast<std::uint16_t>(codes)));
-  return values;
+// The values of the four codes as f16 (exact): codes 0, 1 in `low`, 2, 3 in `high`.
+__device__ __forceinline__ void cvt_f16x4_from_e4m3x4(std::uint32_t codes, std::uint32_t& low,
+                                                      std::uint32_t& high) {
+  asm("{\n"
+      ".reg .b16 l, h;\n"
+      "mov.b32 {l, h}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, l;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, h;\n"
+      "}"
+      : "=r"(low), "=r"(high)
+      : "r"(codes));
 }
 
 __device__ __forceinline__ std::uint32_t fma_f16x2(std::uint32_t a, std::uint32_t b,
