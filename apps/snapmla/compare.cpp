@@ -1,10 +1,11 @@
 // snapmla run --compare: the same prompt on a BF16 and on an FP8 cache.
+#include "compare.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <iostream>
 
-#include "commands.h"
 #include "interrupt.h"
 
 namespace snapmla::app {
@@ -98,6 +99,11 @@ void print_choice(const std::vector<float>& bf16, const std::vector<float>& fp8,
               logit(fp8, token_b));
 }
 
+ModelFlags with_cache(ModelFlags flags, const char* format) {
+  flags.kv_cache = format;
+  return flags;
+}
+
 RequestOutput write_text(Engine& engine, const std::vector<std::int32_t>& ids,
                          const SamplingParams& params) {
   return engine.generate(ids, params, [](const std::string& text) {
@@ -108,22 +114,14 @@ RequestOutput write_text(Engine& engine, const std::vector<std::int32_t>& ids,
 
 }  // namespace
 
-int run_compare(const RunFlags& flags, const std::string& prompt) {
-  ModelFlags model = flags.model;
-  model.kv_cache = "bf16";
-  Engine bf16(engine_options(model));
-  model.kv_cache = "fp8";
-  Engine fp8(engine_options(model));
-  const std::vector<std::int32_t> ids = bf16.encode(prompt);
-  const SamplingParams params = sampling_params(flags.sampling, bf16, 128);
-  Interrupt::install();
-  std::cout << "--- prompt\n" << prompt << "\n--- BF16 cache\n" << std::flush;
-  const RequestOutput a = write_text(bf16, ids, params);
-  std::cout << "\n--- FP8 cache\n" << std::flush;
-  const RequestOutput b = write_text(fp8, ids, params);
-  std::cout << "\n---\n" << std::flush;
+Pair::Pair(ModelFlags flags)
+    : bf16(engine_options(with_cache(flags, "bf16"))),
+      fp8(engine_options(with_cache(flags, "fp8"))) {}
 
+int print_comparison(Pair& engines, const RequestOutput& a, const RequestOutput& b) {
+  Engine &bf16 = engines.bf16, &fp8 = engines.fp8;
   const std::int64_t vocab = bf16.config().vocab_size;
+  const std::vector<std::int32_t>& ids = a.prompt_tokens;
   std::vector<std::int32_t> all = ids;
   all.insert(all.end(), a.tokens.begin(), a.tokens.end());
   const auto fits =
@@ -169,6 +167,19 @@ int run_compare(const RunFlags& flags, const std::string& prompt) {
   std::printf("speed      BF16 %.1f tok/s, FP8 %.1f tok/s\n",
               rate(a.tokens.size(), a.decode_seconds), rate(b.tokens.size(), b.decode_seconds));
   return cancelled ? kInterrupted : 0;
+}
+
+int run_compare(const RunFlags& flags, const std::string& prompt) {
+  Pair engines(flags.model);
+  const std::vector<std::int32_t> ids = engines.bf16.encode(prompt);
+  const SamplingParams params = sampling_params(flags.sampling, engines.bf16, 128);
+  Interrupt::install();
+  std::cout << "--- prompt\n" << prompt << "\n--- BF16 cache\n" << std::flush;
+  const RequestOutput a = write_text(engines.bf16, ids, params);
+  std::cout << "\n--- FP8 cache\n" << std::flush;
+  const RequestOutput b = write_text(engines.fp8, ids, params);
+  std::cout << "\n---\n" << std::flush;
+  return print_comparison(engines, a, b);
 }
 
 }  // namespace snapmla::app

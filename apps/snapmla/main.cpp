@@ -12,8 +12,8 @@ namespace {
 
 constexpr const char* kAbout =
     "snapmla: FP8 decoding for Multi-head Latent Attention (DeepSeek-V2/V3, Kimi-K2).\n"
-    "Without a command it writes a short text with the shipped model, from an FP8 and from a BF16\n"
-    "cache, side by side.";
+    "Without a command the shipped model works through a short computation, from a BF16 and from\n"
+    "an FP8 cache, side by side.";
 
 constexpr const char* kExamples =
     "Examples:\n"

@@ -8,9 +8,6 @@
 namespace snapmla::app {
 namespace {
 
-constexpr const char* kDemoPrompt =
-    "def fibonacci(n):\n    \"\"\"Return the n-th Fibonacci number.\"\"\"\n";
-
 constexpr const char* kExamples =
     "Examples:\n"
     "  snapmla run -p \"def add(a, b):\" -n 40\n"
@@ -69,12 +66,6 @@ void register_run(CLI::App& app, int& status) {
       status = flags->chat ? run_chat(*flags) : run_one(*flags);
     }
   });
-}
-
-int run_demo() {
-  RunFlags flags;
-  flags.sampling.max_tokens = 64;
-  return run_compare(flags, kDemoPrompt);
 }
 
 }  // namespace snapmla::app

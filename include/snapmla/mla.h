@@ -49,7 +49,7 @@ struct MlaDecodeArgs {
   TensorView
       lse;  // [batch, heads_q, seqlen_q] f32, natural log, -inf for an empty row; may be empty
   int num_splits = 0;  // splits per request: 0 = chosen from the lengths alone (deterministic)
-  DecodeNumerics numerics;
+  DecodeNumerics numerics = {};
 };
 
 }  // namespace snapmla
