@@ -16,13 +16,13 @@ using nlohmann::json;
 class Guard : public json::json_sax_t {
  public:
   explicit Guard(const std::string& file) : file_(file) {}
-  bool null() override { return true; }
-  bool boolean(bool) override { return true; }
-  bool number_integer(number_integer_t) override { return true; }
-  bool number_unsigned(number_unsigned_t) override { return true; }
-  bool number_float(number_float_t, const string_t&) override { return true; }
-  bool string(string_t&) override { return true; }
-  bool binary(binary_t&) override { return true; }
+  bool null() override { return value(); }
+  bool boolean(bool) override { return value(); }
+  bool number_integer(number_integer_t) override { return value(); }
+  bool number_unsigned(number_unsigned_t) override { return value(); }
+  bool number_float(number_float_t, const string_t&) override { return value(); }
+  bool string(string_t&) override { return value(); }
+  bool binary(binary_t&) override { return value(); }
   bool start_object(std::size_t) override { return open(); }
   bool end_object() override { return close(); }
   bool start_array(std::size_t) override { return open(); }
@@ -41,7 +41,14 @@ class Guard : public json::json_sax_t {
   }
 
  private:
+  bool value() {
+    if (++values_ > kMaxJsonValues) {
+      throw Error(ErrorCode::kInvalidFile, str(file_, ": more than ", kMaxJsonValues, " values"));
+    }
+    return true;
+  }
   bool open() {
+    value();
     keys_.emplace_back();
     if (keys_.size() > kMaxJsonDepth) {
       throw Error(ErrorCode::kInvalidFile,
@@ -56,6 +63,7 @@ class Guard : public json::json_sax_t {
 
   const std::string& file_;
   std::vector<std::set<std::string>> keys_;
+  std::size_t values_ = 0;
 };
 
 std::string shown(const json& value) {

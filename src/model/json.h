@@ -12,6 +12,9 @@
 namespace snapmla::model {
 
 inline constexpr int kMaxJsonDepth = 64;
+// Far above any checkpoint's files (a tokenizer of 200,000 tokens has a million values); a value in
+// memory is ten times as large as its shortest spelling, so the file's size alone bounds little.
+inline constexpr std::size_t kMaxJsonValues = 4'000'000;
 
 // Throws kInvalidFile: not JSON, nested deeper than 64, a key twice in one object.
 nlohmann::json parse_json(std::string_view text, const std::string& file);

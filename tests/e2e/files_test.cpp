@@ -251,6 +251,14 @@ std::vector<Fault> tokenizer_faults() {
              t["model"]["merges"][5] = {"zz", "zzzz"};
            },
            {"tokenizer.json: model.merges[5]"}),
+      {"F6TenMillionMerges",
+       "shipped",
+       [](const fs::path& d) {
+         std::string text = R"({"model":{"type":"BPE","vocab":{"a":0},"merges":[)";
+         for (int i = 0; i < 10'000'000; ++i) text += R"(["a","a"],)";
+         write_text(d / "tokenizer.json", text + "0]}}");
+       },
+       {"tokenizer.json: more than 4000000 values"}},
       edit("MergesNoList", [](json& t) { t["model"]["merges"] = 3; },
            {"tokenizer.json: model.merges: got 3"}),
       edit("IdTooLarge", [](json& t) { t["model"]["vocab"]["zzz"] = 1 << 24; },
