@@ -158,14 +158,25 @@ __device__ __forceinline__ void rescale_output(MathState& m, float2 factor) {
 
 // ---- softmax of the warpgroup's own page, exchange of P ----
 
-// Tokens past the end of a request may hold NaN, and 0 * NaN is NaN: their V becomes zero. All
+// 0 for every bf16 half that is not finite.
+__device__ __forceinline__ std::uint32_t drop_non_finite(std::uint32_t pair) {
+  if ((pair & 0x7f80u) == 0x7f80u) pair &= 0xffff0000u;
+  if ((pair & 0x7f800000u) == 0x7f800000u) pair &= 0x0000ffffu;
+  return pair;
+}
+
+// P = 0 does not stop NaN or infinity in V. From token `visible` of the page on, some row must not
+// see: V of tokens that do not exist (from `valid` on, holding anything) becomes 0, and what is not
+// finite becomes 0 in the others: rows that see it are NaN through their scores already. All
 // threads of the warpgroup that scored the page, after its scores are complete.
 template <int kSlot>
-__device__ void zero_tail(SharedStorage& s, int valid) {
+__device__ __noinline__ void clear_tail(SharedStorage& s, int visible, int valid) {
   const int chunk = (thread_in_group() & 63) >> 3, unit = thread_in_group() & 7;
-  for (int token = valid + (thread_in_group() >> 6); token < kPageTokens; token += 2) {
-    *reinterpret_cast<uint4*>(&s.keys[kSlot][chunk][token * 128 + unit * 16]) =
-        make_uint4(0, 0, 0, 0);
+  for (int token = max(visible, 0) + (thread_in_group() >> 6); token < kPageTokens; token += 2) {
+    uint4& at = *reinterpret_cast<uint4*>(&s.keys[kSlot][chunk][token * 128 + unit * 16]);
+    const uint4 x = token < valid ? at : make_uint4(0, 0, 0, 0);
+    at = make_uint4(drop_non_finite(x.x), drop_non_finite(x.y), drop_non_finite(x.z),
+                    drop_non_finite(x.w));
   }
   ptx::fence_proxy_async_shared();
   ptx::barrier_sync(kFilled + kSlot, 128);
@@ -179,7 +190,7 @@ __device__ __forceinline__ bool softmax_page(SharedStorage& s, MathState& m, int
   rescale = make_float2(1.0f, 1.0f);
   if (first_key + kPageTokens > m.unmasked) {
     mask_scores(m.score, first_key + (thread_in_group() & 3) * 2, m.visible);
-    if (first_key + kPageTokens > m.length) zero_tail<kSlot>(s, m.length - first_key);
+    clear_tail<kSlot>(s, m.unmasked - first_key, m.length - first_key);
   }
   if (m.live) return online_softmax(m.score, m.p, m.rows, m.scale, rescale);
 #pragma unroll

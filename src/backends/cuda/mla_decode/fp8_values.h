@@ -35,16 +35,27 @@ __device__ __forceinline__ void load_values(std::uint32_t address, std::uint32_t
   }
 }
 
-// Tokens past the end of a request may hold NaN, which P = 0 would not stop: this half's dims of
-// them become 0. QK may still be reading them, but what it makes of them is masked.
+// 0 for every e4m3 byte that is NaN.
+__device__ __forceinline__ std::uint32_t drop_nan(std::uint32_t codes) {
+  const std::uint32_t nan = ((codes & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u;
+  return codes & ~((nan >> 7) * 0xffu);
+}
+
+// P = 0 does not stop a NaN in V. In a tile that some row must not see to its end, this half's dims
+// become 0 for tokens past the end of the request (`valid` of the tile exist; the others hold
+// anything), and NaN codes become 0 for tokens that only some rows see: the rows that do are NaN
+// through their scores already. Comes after P, hence after QK has read the tile.
 template <class Storage>
-__device__ __noinline__ void clear_tail(Storage& s, Turn turn, int half, int valid) {
+__device__ __noinline__ void clear_tail(Storage& s, Turn turn, int half, int visible, int valid) {
   const int thread = threadIdx.x & 127;
+  wait(s.p_full[turn.slot()], turn.phase());
   for (int c = half * 2; c < half * 2 + 2; ++c) {
     wait(s.k_full[turn.slot()][c & 1], turn.phase());
     auto* units = reinterpret_cast<uint4*>(s.keys[turn.slot()][c]);
-    for (int u = valid * 8 + thread; u < kTileTokens * 8; u += 128)
-      units[u] = make_uint4(0, 0, 0, 0);
+    for (int u = max(visible, 0) * 8 + thread; u < kTileTokens * 8; u += 128) {
+      uint4 x = u < valid * 8 ? units[u] : make_uint4(0, 0, 0, 0);
+      units[u] = make_uint4(drop_nan(x.x), drop_nan(x.y), drop_nan(x.z), drop_nan(x.w));
+    }
   }
   fence_proxy_async_shared();  // the next copy into this slot must come after these writes
   barrier_sync(1 + half, 128);
@@ -209,10 +220,11 @@ __device__ void accumulate_values(const DecodeParams& p, Storage& s, int item_be
       for (int k = 0; k < kRows / 2; ++k) o[m][k] = 0.0f;
     const volatile DecodeItem* item_at = p.plan.items + i;  // read again later: registers are short
     for (int tiles_left = item_at->tile_end - item_at->tile_begin; tiles_left > 0; --tiles_left) {
-      // Only the last tile of an item can reach past the end of the request.
-      if (tiles_left == 1) {
-        const int valid = p.cache_seqlens[item_at->request] - (item_at->tile_end - 1) * kTileTokens;
-        if (valid < kTileTokens) clear_tail(s, turn, half, valid);
+      if (tiles_left <= 2) {  // seqlen_q is at most 16: no other tile can need it
+        const int first_token = (item_at->tile_end - tiles_left) * kTileTokens;
+        const int length = p.cache_seqlens[item_at->request];
+        const int visible = visible_keys(p, row_begin, length) - first_token;
+        if (visible < kTileTokens) clear_tail(s, turn, half, visible, length - first_token);
       }
       pv_tile<Traits>(s, turn.slot(), turn.phase(), half, lane_at, thread & 3, o);
       arrive_warp(s.p_empty[turn.slot()]);
