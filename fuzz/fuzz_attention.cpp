@@ -136,16 +136,17 @@ class Call {
 
  private:
   TensorView place(const TensorView& v, int rank) {
-    __int128 last = 0;
+    double last = 0;  // exact where it is small enough to matter, and never overflows
     bool empty = rank == 0, backwards = false;
     for (int d = 0; d < rank; ++d) {
       if (v.dim(d) <= 0) empty = true;
-      if (v.dim(d) > 1) last += static_cast<__int128>(v.dim(d) - 1) * v.stride(d);
+      if (v.dim(d) > 1)
+        last += static_cast<double>(v.dim(d) - 1) * static_cast<double>(v.stride(d));
       if (v.dim(d) > 1 && v.stride(d) < 0) backwards = true;
     }
     if (empty) return moved(v, rank, nullptr);
-    const __int128 bytes = (last + 1) * static_cast<__int128>(size_of(v.dtype()));
-    if (backwards || bytes > INT64_MAX) {
+    const double bytes = (last + 1) * static_cast<double>(size_of(v.dtype()));
+    if (backwards || bytes >= 0x1p63) {
       must_refuse_ = true;
       return moved(v, rank, block(64));
     }
@@ -153,7 +154,7 @@ class Call {
       too_large_ = true;
       return moved(v, rank, block(64));
     }
-    std::uint8_t* at = block(bytes);
+    std::uint8_t* at = block(static_cast<__int128>(bytes));
     if (in_.rarely(96)) at = nullptr;
     return moved(v, rank, at);
   }
