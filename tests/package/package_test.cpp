@@ -100,6 +100,13 @@ TEST_F(Installed, ExamplesBuildWithFindPackageAndRun) {
   EXPECT_EQ(decode.status, 0) << decode.out;
   EXPECT_THAT(decode.out, HasSubstr(std::to_string(4 * 41216) + " bytes of cache for 200 tokens"));
 
+  if (fs::exists(built / "decode_cuda")) {  // where the CUDA toolkit is; it runs on a Hopper GPU
+    const Result cuda = run_program(built / "decode_cuda", {});
+    EXPECT_THAT(cuda.out, cuda.status == 77 ? testing::StartsWith("not run: ")
+                                            : testing::StartsWith("48 heads, two graph replays"));
+    EXPECT_TRUE(cuda.status == 0 || cuda.status == 77) << cuda.out << cuda.err;
+  }
+
   const Result missing = run_program(built / "generate", {"/no/such/model"});
   EXPECT_EQ(missing.status, 1);
   EXPECT_EQ(missing.err, "/no/such/model/config.json: no such file\n");
