@@ -26,9 +26,12 @@ trap clean_up EXIT
 say "debootstrap bookworm, minimal base and git"
 debootstrap --variant=minbase --include=git bookworm "$dir" "$mirror" >"$dir.log" 2>&1 || { tail -n 20 "$dir.log" >&2; die "debootstrap failed"; }
 rm -f "$dir.log"
-# What an installed machine has and a bare chroot lacks: name resolution, /proc, a user.
+# What an installed machine has and a bare chroot lacks: name resolution, /proc, pseudo-terminals, a user.
 cp /etc/resolv.conf "$dir/etc/resolv.conf"
 mount -t proc proc "$dir/proc" && mounted+=("$dir/proc")
+mkdir -p "$dir/dev/pts"
+mount -t devpts -o newinstance,ptmxmode=0666 devpts "$dir/dev/pts" && mounted+=("$dir/dev/pts")
+rm -f "$dir/dev/ptmx" && ln -s pts/ptmx "$dir/dev/ptmx"
 chroot "$dir" useradd -m person
 git clone -q --no-hardlinks "$root" "$dir/srv/snapmla"
 chroot "$dir" chown -R person /srv/snapmla

@@ -47,6 +47,13 @@ TEST(Chat, AMessageFromAPipeGetsOneAnswer) {
   EXPECT_NE(want, answer(engine, {{"user", "7 3 9 1"}}, 24)) << "the system message has no effect";
 }
 
+class ChatOnATerminal : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (!has_terminals()) GTEST_SKIP() << "no pseudo-terminals here (is /dev/pts mounted?)";
+  }
+};
+
 // Text with the terminal's line ends.
 std::string on_terminal(const std::string& text) {
   std::string out;
@@ -75,7 +82,7 @@ Launch typed(const std::vector<std::string>& script) {
   return launch;
 }
 
-TEST(Chat, AConversationKeepsItsHistoryAndReusesItsPages) {
+TEST_F(ChatOnATerminal, AConversationKeepsItsHistoryAndReusesItsPages) {
   const std::string first =
       "Here is a longer question, so that the prompt fills more than one page of the cache: "
       "what does the function add(a, b) return when a is 12 and b is 30, and why is that so? "
@@ -98,7 +105,7 @@ TEST(Chat, AConversationKeepsItsHistoryAndReusesItsPages) {
   EXPECT_THAT(r.out, ContainsRegex("prompt [0-9]+ tokens \\((64|128) reused\\)"));
 }
 
-TEST(Chat, CtrlCStopsAnAnswerButNotTheConversation) {
+TEST_F(ChatOnATerminal, CtrlCStopsAnAnswerButNotTheConversation) {
   int step = 0;
   Launch launch;
   launch.terminal = true;
@@ -127,7 +134,7 @@ TEST(Chat, CtrlCStopsAnAnswerButNotTheConversation) {
   EXPECT_EQ(count(r.out, "generated 600 tokens"), 1u) << r.out;  // the second answer is whole
 }
 
-TEST(Chat, CtrlCWhileWaitingEndsIt) {
+TEST_F(ChatOnATerminal, CtrlCWhileWaitingEndsIt) {
   Launch launch;
   launch.terminal = true;
   launch.on_output = [](int pid, const std::string& seen) {
@@ -137,7 +144,7 @@ TEST(Chat, CtrlCWhileWaitingEndsIt) {
   EXPECT_EQ(snapmla({"run", "--chat"}, launch).status, 130);
 }
 
-TEST(Chat, AConversationThatNoLongerFitsSaysSoAndGoesOn) {
+TEST_F(ChatOnATerminal, AConversationThatNoLongerFitsSaysSoAndGoesOn) {
   const std::string words(600, 'z');
   const Result r = snapmla({"run", "--chat", "-n", "4", "-c", "128"},
                            typed({words + "\n", "hello\n", "/exit\n"}));

@@ -8,9 +8,11 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <chrono>
 #include <csignal>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 
 namespace snapmla::e2e {
@@ -73,7 +75,10 @@ Result run_program(const std::string& program, const std::vector<std::string>& a
   Pipe in, out, err;
   int terminal = -1;
   const pid_t pid = launch.terminal ? forkpty(&terminal, nullptr, nullptr, nullptr) : fork();
-  if (pid < 0) std::abort();
+  if (pid < 0) {
+    ADD_FAILURE() << "cannot start " << program << ": " << std::strerror(errno);
+    return {};
+  }
   if (pid == 0) {
     std::signal(SIGPIPE, SIG_DFL);
     if (!launch.terminal) {
@@ -134,6 +139,14 @@ bool sanitized() {
 #else
   return false;
 #endif
+}
+
+bool has_terminals() {
+  int master = -1, slave = -1;
+  if (openpty(&master, &slave, nullptr, nullptr, nullptr) != 0) return false;
+  close(master);
+  close(slave);
+  return true;
 }
 
 std::vector<std::string> lines(const std::string& text) {

@@ -32,6 +32,9 @@ Result run_program(const std::string& program, const std::vector<std::string>& a
 // Whether the program was built with a sanitizer, which reserves terabytes of address space.
 bool sanitized();
 
+// Whether pseudo-terminals can be made here (a bare chroot has no /dev/pts).
+bool has_terminals();
+
 std::vector<std::string> lines(const std::string& text);
 std::string shipped_model();
 // A new empty directory, removed at the end of the process.
