@@ -73,6 +73,7 @@ int run_compare(const RunFlags& flags, const std::string& prompt);
 void register_run(CLI::App& app, int& status);
 void register_logits(CLI::App& app, int& status);
 void register_inspect(CLI::App& app, int& status);
+void register_bench(CLI::App& app, int& status);
 
 // What `snapmla` without a command does: the shipped model works through a ledger from a BF16 and
 // from an FP8 cache, and every line is checked.

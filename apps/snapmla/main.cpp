@@ -65,6 +65,7 @@ int main(int argc, char** argv) {
   snapmla::app::register_run(app, status);
   snapmla::app::register_logits(app, status);
   snapmla::app::register_inspect(app, status);
+  snapmla::app::register_bench(app, status);
   try {
     app.parse(argc, argv);
     if (app.get_subcommands().empty()) status = snapmla::app::run_demo();
