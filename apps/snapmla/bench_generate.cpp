@@ -166,26 +166,26 @@ void register_generate(CLI::App& bench, int& status) {
   const auto list = [&](const char* name, auto& values, const char* help) {
     command->add_option(name, values, help)
         ->delimiter(',')
-        ->check(CLI::Range(0, 1 << 24))
+        ->check(integer_in(0, 1 << 24))
         ->capture_default_str();
   };
   list("-p,--n-prompt", f->prompt, "Prompt tokens; 0 = no such test");
   list("-n,--n-gen", f->generate, "Generated tokens; 0 = no such test");
   list("-d,--n-depth", f->depth, "Prompt tokens before the generated ones");
   command->add_option("-r,--repetitions", f->repetitions, "Runs of every test")
-      ->check(CLI::Range(1, 100000))
+      ->check(integer_in(1, 100000))
       ->capture_default_str();
   command->add_option("--kv-cache", f->kv_cache, "Formats of the latent cache")
       ->delimiter(',')
-      ->check(CLI::IsMember({"fp8", "bf16", "f32"}))
+      ->check(one_of({"fp8", "bf16", "f32"}))
       ->capture_default_str();
   command->add_option("--device", f->device, "auto, cpu, cuda, or ref (the slow specification)")
-      ->check(CLI::IsMember({"auto", "cpu", "cuda", "ref"}))
+      ->check(one_of({"auto", "cpu", "cuda", "ref"}))
       ->capture_default_str();
   command->add_option("-t,--threads", f->threads, "Threads; default: all that the process may use")
-      ->check(CLI::Range(0, 4096));
+      ->check(integer_in(0, 4096));
   command->add_option("-o,--output", f->output, "table, json, csv or md")
-      ->check(CLI::IsMember({"table", "json", "csv", "md"}))
+      ->check(one_of({"table", "json", "csv", "md"}))
       ->capture_default_str();
   command->callback([f, &status] { status = run(*f); });
 }
