@@ -219,7 +219,7 @@ double verify(const AttentionCase& c, AttentionData& data, const AttentionResult
   const std::unique_ptr<ops::OpSet> ops = engine::make_backend(independent ? "cpu" : "ref", 0);
   const MlaDecodeArgs all = data.args(c, 0, nullptr, nullptr);
   double worst = 0;
-  for (const Row& row : {Row{0, c.seqlen_q - 1, 0}, Row{c.batch - 1, 0, c.heads - 1},
+  for (const Row& row : {Row{0, 0, 0}, Row{0, c.seqlen_q - 1, 0}, Row{c.batch - 1, 0, c.heads - 1},
                          Row{c.batch / 2, c.seqlen_q / 2, c.heads / 2}}) {
     std::vector<float> want(kKvLoraRank);
     float want_lse = 0;

@@ -8,14 +8,6 @@
 
 namespace snapmla::cpu {
 
-// out[r] = sum_k x[k] * w[r * stride + k] for `rows` rows of f32.
-void dot_rows(const float* x, const float* w, std::int64_t stride, std::int64_t k,
-              std::int64_t rows, float* out);
-
-// out[t] = sum_k x[t * x_stride + k] * w[k] for `tokens` vectors x and one weight row.
-void dot_tokens(const float* x, std::int64_t x_stride, const float* w, std::int64_t k,
-                std::int64_t tokens, float* out);
-
 // y[d] = y[d] * rescale + factor * x[d]
 void scale_add(float* y, const float* x, float rescale, float factor, std::int64_t n);
 

@@ -1,54 +1,61 @@
-// Naive causal attention of a prompt chunk. A work item is one (query, head); it visits key tiles
-// of 64 anchored at position 0, so its bits do not depend on the chunk that the query came in.
-#include <cmath>
-#include <limits>
+// Naive causal attention of a prompt chunk, in the terms of attention_kernels.h. A work item is one
+// head and up to 16 queries; it visits key tiles of 64 anchored at position 0, so a query's bits do
+// not depend on the chunk that it came in.
+#include <algorithm>
+#include <vector>
 
+#include "backends/cpu/attention_kernels.h"
 #include "backends/cpu/cpu_ops.h"
-#include "backends/cpu/kernels.h"
 
 namespace snapmla::cpu {
 namespace {
 
 constexpr std::int64_t kTile = 64;
 
-void attend(const ops::MlaPrefillArgs& a, std::int64_t t, std::int64_t h) {
+struct Scratch {
+  std::vector<float> out, values;  // [16, v_dim]
+  float scores[kTile * kRowLanes];
+};
+
+void attend(const ops::MlaPrefillArgs& a, std::int64_t h, std::int64_t first, std::int64_t rows) {
+  thread_local Scratch s;
   const std::int64_t nope = a.k_nope.dim(2), rope = a.k_rope.dim(1), v_dim = a.v.dim(2);
-  const std::int64_t keys = a.query_begin + t + 1;
-  const float* q = a.q.row<float>(t, h);
-  float* out = a.out.row<float>(t, h);
-  std::fill_n(out, v_dim, 0.0f);
-  float maximum = -std::numeric_limits<float>::infinity(), sum = 0;
-  float scores[kTile], rope_scores[kTile];
+  s.out.assign(static_cast<std::size_t>(kRowLanes * v_dim), 0.0f);
+  s.values.resize(s.out.size());
+  RowBlock block;
+  block.rows = rows;
+  std::fill_n(block.factor, rows, a.softmax_scale * numeric::kLog2E);
+  const float* q = a.q.row<float>(first, h);
+  const std::int64_t keys = a.query_begin + first + rows;  // that the last row sees
   for (std::int64_t begin = 0; begin < keys; begin += kTile) {
     const std::int64_t n = std::min(kTile, keys - begin);
-    dot_rows(q, a.k_nope.row<float>(begin, h), a.k_nope.stride(0), nope, n, scores);
-    dot_rows(q + nope, a.k_rope.row<float>(begin), a.k_rope.stride(0), rope, n, rope_scores);
-    float tile_maximum = maximum;
-    for (std::int64_t j = 0; j < n; ++j) {
-      scores[j] = (scores[j] + rope_scores[j]) * a.softmax_scale;
-      tile_maximum = std::fmax(tile_maximum, scores[j]);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const std::int64_t seen = a.query_begin + first + r + 1 - begin;
+      block.visible[r] = static_cast<std::int32_t>(std::clamp<std::int64_t>(seen, 0, n));
     }
-    const float rescale = tile_maximum > maximum ? std::exp(maximum - tile_maximum) : 1.0f;
-    maximum = tile_maximum;
-    sum *= rescale;
-    if (rescale != 1.0f) scale_add(out, out, rescale, 0.0f, v_dim);
-    for (std::int64_t j = 0; j < n; ++j) {
-      const float p = std::exp(scores[j] - maximum);
-      sum += p;
-      scale_add(out, a.v.row<float>(begin + j, h), 1.0f, p, v_dim);
-    }
+    scores(q, a.q.stride(0), rows, a.k_nope.row<float>(begin, h), a.k_nope.stride(0), n, nope,
+           false, s.scores);
+    scores(q + nope, a.q.stride(0), rows, a.k_rope.row<float>(begin), a.k_rope.stride(0), n, rope,
+           true, s.scores);
+    softmax(block, n, nullptr, nullptr, false, s.scores);
+    values(block, s.scores, a.v.row<float>(begin, h), a.v.stride(0), v_dim, 1.0f, false,
+           s.values.data(), s.out.data(), v_dim);
   }
-  for (std::int64_t d = 0; d < v_dim; ++d) out[d] /= sum;
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const float* from = s.out.data() + r * v_dim;
+    float* to = a.out.row<float>(first + r, h);
+    for (std::int64_t d = 0; d < v_dim; ++d) to[d] = from[d] / block.state[r].sum;
+  }
 }
 
 }  // namespace
 
 void mla_prefill(ThreadPool& pool, const ops::MlaPrefillArgs& a) {
-  // Heads outermost: neighbouring items share one head's keys and values in the cache.
-  const std::int64_t tokens = a.q.dim(0), strips = (tokens + 15) / 16;
+  // Heads outermost: neighbouring items share one head's keys and values in the processor's cache.
+  const std::int64_t tokens = a.q.dim(0), strips = (tokens + kRowLanes - 1) / kRowLanes;
   pool.parallel_for(a.q.dim(1) * strips, [&](std::int64_t item) {
-    const std::int64_t h = item / strips, begin = item % strips * 16;
-    for (std::int64_t t = begin; t < std::min(tokens, begin + 16); ++t) attend(a, t, h);
+    const std::int64_t first = item % strips * kRowLanes;
+    attend(a, item / strips, first, std::min(kRowLanes, tokens - first));
   });
 }
 

@@ -1,7 +1,7 @@
 // Quantisation of queries and keys in strips of tokens (the scalar rules of the reference backend
 // decide the bits), and reading token ranges back.
+#include "backends/cpu/attention_kernels.h"
 #include "backends/cpu/cpu_ops.h"
-#include "backends/cpu/page_reader.h"
 #include "backends/ref/ref_ops.h"
 #include "ops/element.h"
 
@@ -19,6 +19,17 @@ TensorView rows(const TensorView& t, std::int64_t begin, std::int64_t n) {
                                  : TensorView(at, t.dtype(), {n, t.dim(1), t.dim(2), t.dim(3)});
   for (int d = 0; d < t.rank(); ++d) v = v.with_stride(d, t.stride(d));
   return v;
+}
+
+// from * scale to a row of f32 or bf16.
+void write_row(const float* from, std::int64_t width, float scale, const TensorView& to,
+               std::int64_t row) {
+  if (to.dtype() == DType::kF32) {
+    for (std::int64_t d = 0; d < width; ++d) to.row<float>(row)[d] = from[d] * scale;
+  } else {
+    for (std::int64_t d = 0; d < width; ++d)
+      to.row<BFloat16>(row)[d] = numeric::bf16_from_float(from[d] * scale);
+  }
 }
 
 }  // namespace
@@ -43,20 +54,15 @@ void fetch_dequant(ThreadPool& pool, const FetchDequantArgs& a) {
   const std::int64_t tokens = a.token_end - a.token_begin;
   pool.parallel_for((tokens + kStrip - 1) / kStrip, [&](std::int64_t strip) {
     float key[kKeyWidth];
+    const float unscale = latent_unscale(a.cache.format);
     for (std::int64_t row = strip * kStrip; row < std::min(tokens, (strip + 1) * kStrip); ++row) {
-      const std::int64_t t = a.token_begin + row;
-      const std::int64_t page = a.block_table.data<std::int32_t>()[t / kPageSize],
-                         token = t % kPageSize;
-      read_key(a.cache, page, token, key);
-      const float scale = read_scale(a.cache, page, token);
-      for (std::int64_t d = 0; d < kKvLoraRank; ++d) {
-        ops::store(a.latent_out.raw(), a.latent_out.dtype(), row * a.latent_out.stride(0) + d,
-                   key[d] * scale);
-      }
-      for (std::int64_t d = 0; d < kQkRopeHeadDim; ++d) {
-        ops::store(a.rope_out.raw(), a.rope_out.dtype(), row * a.rope_out.stride(0) + d,
-                   key[kKvLoraRank + d] * scale);
-      }
+      const std::int64_t t = a.token_begin + row, token = t % kPageSize;
+      const std::int64_t page = a.block_table.data<std::int32_t>()[t / kPageSize];
+      load_keys(a.cache, page, token, 1, key);
+      const float scale =
+          a.cache.format == KvCacheFormat::kFp8 ? a.cache.scale_plane(page)[token] : 1.0f;
+      write_row(key, kKvLoraRank, scale * unscale, a.latent_out, row);
+      write_row(key + kKvLoraRank, kQkRopeHeadDim, scale, a.rope_out, row);
     }
   });
 }
