@@ -1,0 +1,31 @@
+// The CUDA side of snapmla bench: `attention --device cuda` and `accuracy`. In a build without CUDA
+// it adds no options, and running it is an error that says so.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace snapmla::app::bench {
+
+class CudaAttention {
+ public:
+  CudaAttention();
+  ~CudaAttention();
+
+  void add_options(CLI::App& command);
+  // Exit status. `command`: the command line, for the report.
+  int run(const std::vector<int>& heads, const std::vector<int>& seqlen_q,
+          const std::vector<int>& batch, const std::vector<int>& context,
+          const std::vector<std::string>& kv_cache, const std::string& command);
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+void register_accuracy(CLI::App& bench, int& status);
+
+}  // namespace snapmla::app::bench
