@@ -12,6 +12,7 @@
 
 #include "backends/cpu/kernels.h"
 #include "base/check.h"
+#include "bench_cuda.h"
 #include "commands.h"
 
 namespace snapmla::app {
@@ -76,6 +77,7 @@ void register_bench(CLI::App& app, int& status) {
   command->require_subcommand(1);
   bench::register_attention(*command, status);
   bench::register_generate(*command, status);
+  bench::register_accuracy(*command, status);
 }
 
 }  // namespace snapmla::app

@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "base/check.h"
+#include "bench_cuda.h"
 #include "bench_device.h"
 #include "bench_problem.h"
 #include "commands.h"
@@ -144,7 +145,7 @@ void register_attention(CLI::App& bench, int& status) {
       ->delimiter(',')
       ->check(one_of({"fp8", "bf16"}))
       ->capture_default_str();
-  command->add_option("--device", f->device, "cpu, or ref (the slow specification)")
+  command->add_option("--device", f->device, "cpu, ref (the slow specification), or cuda")
       ->capture_default_str();
   command->add_option("-t,--threads", f->threads, "Threads; default: all that the process may use")
       ->check(integer_in(0, 4096));
@@ -157,7 +158,15 @@ void register_attention(CLI::App& bench, int& status) {
   command->add_option("-o,--output", f->output, "table, json, csv or md")
       ->check(one_of({"table", "json", "csv", "md"}))
       ->capture_default_str();
-  command->callback([f, &status] { status = run(*f); });
+  auto on_cuda = std::make_shared<CudaAttention>();
+  on_cuda->add_options(*command);
+  command->callback([f, on_cuda, &status] {
+    // A GPU is timed in another way, in graphs and with all caches in turn, and has its own report.
+    status = f->device == "cuda"
+                 ? on_cuda->run(f->heads, f->seqlen_q, f->batch, f->context, f->kv_cache,
+                                describe_run()["command"].get<std::string>())
+                 : run(*f);
+  });
 }
 
 }  // namespace snapmla::app::bench
