@@ -8,9 +8,10 @@
 
 namespace snapmla::engine {
 
-// name: auto | cpu | ref | cuda. "auto" takes SNAPMLA_BACKEND if it is set, else cpu. Throws
-// kUnsupported for a backend that this build lacks, with the reason, and kInvalidArgument for an
-// unknown name.
+// name: auto | cpu | ref | cuda. "auto" takes SNAPMLA_BACKEND if it is set, else cuda if
+// a GPU can run it, else cpu. Throws
+// kUnsupported for a backend that this build or this machine cannot run, with the reason, and
+// kInvalidArgument for an unknown name.
 std::unique_ptr<ops::OpSet> make_backend(const std::string& name, int threads);
 
 }  // namespace snapmla::engine

@@ -1,0 +1,92 @@
+#include "backends/cuda/cuda_backend.h"
+
+#include <cuda_runtime.h>
+
+#include "backends/cuda/device_memory.h"
+#include "backends/cuda/launch.h"
+#include "backends/cuda/model/model_ops.h"
+#include "snapmla/cuda.h"
+
+namespace snapmla::cuda {
+namespace {
+
+// The stream of a backend. Not the default stream: it must not wait for, nor hold up, the work of
+// the program around the library.
+class OwnStream {
+ public:
+  OwnStream() {
+    require_device();
+    cudaStream_t stream = nullptr;
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+    stream_ = stream;
+  }
+  ~OwnStream() { cudaStreamDestroy(static_cast<cudaStream_t>(stream_)); }
+  OwnStream(const OwnStream&) = delete;
+  OwnStream& operator=(const OwnStream&) = delete;
+  Stream get() const { return stream_; }
+
+ private:
+  Stream stream_ = nullptr;
+};
+
+class CudaBackend final : public ops::OpSet {
+ public:
+  CudaBackend() : memory_(stream_.get()) {}
+
+  const char* name() const override { return "cuda"; }
+  Memory& memory() override { return memory_; }
+
+  void quantize_q(const QuantizeQArgs& args) override { cuda::quantize_q(args, stream_.get()); }
+  void append_kv(const AppendKvArgs& args) override { cuda::append_kv(args, stream_.get()); }
+  void fetch_dequant(const FetchDequantArgs& args) override {
+    cuda::fetch_dequant(args, stream_.get());
+  }
+  void mla_decode(const MlaDecodeArgs& args) override;
+  void mla_prefill(const ops::MlaPrefillArgs& args) override {
+    cuda::mla_prefill(args, stream_.get());
+  }
+  void embed(const ops::EmbedArgs& args) override { cuda::embed(args, stream_.get()); }
+  void linear(const ops::LinearArgs& args) override { cuda::linear(args, stream_.get()); }
+  void head_linear(const ops::HeadLinearArgs& args) override {
+    cuda::head_linear(args, stream_.get());
+  }
+  void rms_norm(const ops::RmsNormArgs& args) override { cuda::rms_norm(args, stream_.get()); }
+  void rope(const ops::RopeArgs& args) override { cuda::rope(args, stream_.get()); }
+  void swiglu(const ops::SwigluArgs& args) override { cuda::swiglu(args, stream_.get()); }
+  void copy_rows(const ops::CopyRowsArgs& args) override { cuda::copy_rows(args, stream_.get()); }
+  void add(const TensorView& x, const TensorView& y) override { cuda::add(x, y, stream_.get()); }
+  void moe_route(const ops::MoeRouteArgs& args) override { cuda::moe_route(args, stream_.get()); }
+  void moe_ffn(const ops::MoeFfnArgs& args) override { experts_.run(args, memory_, stream_.get()); }
+
+ private:
+  OwnStream stream_;  // first: everything below uses it to its end
+  DeviceMemory memory_;
+  Buffer workspace_;
+  ExpertRunner experts_;
+};
+
+void CudaBackend::mla_decode(const MlaDecodeArgs& args) {
+  if (args.cache.format == KvCacheFormat::kF32) {
+    cuda::mla_decode_f32(args, stream_.get());
+    return;
+  }
+  DecodeShape shape;
+  shape.batch = args.q_latent.dim(0);
+  shape.seqlen_q = args.q_latent.dim(1);
+  shape.heads_q = args.q_latent.dim(2);
+  shape.max_pages = args.block_table.dim(1);
+  shape.format = args.cache.format;
+  shape.deterministic = true;
+  workspace_.grow(memory_, decode_workspace_bytes(shape));
+  const Workspace workspace{workspace_.data(), workspace_.bytes()};
+  // Once per layer, although the plan is the same for all of a step: an operation knows nothing of
+  // its step, and a plan costs a few microseconds.
+  plan_decode(shape, args.cache_seqlens, workspace, stream_.get());
+  cuda::mla_decode(args, shape, workspace, stream_.get());
+}
+
+}  // namespace
+
+std::unique_ptr<ops::OpSet> make_cuda_backend() { return std::make_unique<CudaBackend>(); }
+
+}  // namespace snapmla::cuda
