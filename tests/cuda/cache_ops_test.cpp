@@ -1,8 +1,8 @@
 // quantize_q, append_kv, fetch_dequant and the F32 decode on the device, against ref.
 #include <gtest/gtest.h>
 
-#include <climits>
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstring>
 #include <numeric>
@@ -50,7 +50,7 @@ std::vector<T> typed(const std::vector<float>& v) {
   return out;
 }
 
-class CudaCacheOps : public DeviceTest {
+class CudaSmallCacheOps : public DeviceTest {
  protected:
   template <class T>
   void check_quantize(std::int64_t batch, std::int64_t seqlen_q, std::int64_t heads,
@@ -61,8 +61,8 @@ class CudaCacheOps : public DeviceTest {
 };
 
 template <class T>
-void CudaCacheOps::check_quantize(std::int64_t batch, std::int64_t seqlen_q, std::int64_t heads,
-                                  ScaleMode mode) {
+void CudaSmallCacheOps::check_quantize(std::int64_t batch, std::int64_t seqlen_q,
+                                       std::int64_t heads, ScaleMode mode) {
   const std::int64_t n = batch * seqlen_q * heads;
   const std::vector<T> latent = typed<T>(rows(n, kKvLoraRank, 1)),
                        rope = typed<T>(rows(n, kQkRopeHeadDim, 2));
@@ -96,7 +96,7 @@ void CudaCacheOps::check_quantize(std::int64_t batch, std::int64_t seqlen_q, std
   }
 }
 
-TEST_F(CudaCacheOps, QuantizeQGivesTheBitsOfRef) {
+TEST_F(CudaSmallCacheOps, QuantizeQGivesTheBitsOfRef) {
   for (ScaleMode mode : {ScaleMode::kAmax, ScaleMode::kPow2}) {
     check_quantize<BFloat16>(2, 3, 16, mode);
     check_quantize<float>(1, 1, 128, mode);
@@ -106,8 +106,8 @@ TEST_F(CudaCacheOps, QuantizeQGivesTheBitsOfRef) {
 }
 
 template <class T>
-void CudaCacheOps::check_append_and_fetch(KvCacheFormat format, PageImage image,
-                                          std::int64_t tokens) {
+void CudaSmallCacheOps::check_append_and_fetch(KvCacheFormat format, PageImage image,
+                                               std::int64_t tokens) {
   const std::int64_t num_pages = 5, pad = 64;
   const std::vector<T> latent = typed<T>(rows(tokens, kKvLoraRank + pad, 3)),
                        rope = typed<T>(rows(tokens, kQkRopeHeadDim, 4));
@@ -183,7 +183,7 @@ void CudaCacheOps::check_append_and_fetch(KvCacheFormat format, PageImage image,
   }
 }
 
-TEST_F(CudaCacheOps, AppendAndFetchGiveTheBitsOfRef) {
+TEST_F(CudaSmallCacheOps, AppendAndFetchGiveTheBitsOfRef) {
   for (KvCacheFormat format : {KvCacheFormat::kFp8, KvCacheFormat::kBf16, KvCacheFormat::kF32}) {
     for (PageImage image : {PageImage::kSwizzled128, PageImage::kPlainRows}) {
       for (std::int64_t tokens : {1, 2, 131}) {
@@ -195,7 +195,7 @@ TEST_F(CudaCacheOps, AppendAndFetchGiveTheBitsOfRef) {
   }
 }
 
-TEST_F(CudaCacheOps, RefusesMisalignedRows) {
+TEST_F(CudaSmallCacheOps, RefusesMisalignedRows) {
   const TensorView wide = put(std::vector<float>(2 * 516), {2, 516});
   AppendKvArgs a;
   a.latent = TensorView::of(wide.data<float>() + 1, {1, 512});
@@ -213,7 +213,7 @@ TEST_F(CudaCacheOps, RefusesMisalignedRows) {
   }
 }
 
-TEST_F(CudaCacheOps, F32DecodeAgreesWithRef) {
+TEST_F(CudaSmallCacheOps, F32DecodeAgreesWithRef) {
   const std::int64_t batch = 4, seqlen_q = 3, heads = 5, num_pages = 9, width = 4;
   const std::vector<std::int32_t> lengths = {0, 2, 64, 193};
   const std::vector<std::int32_t> table = {-1, INT_MIN, 99,         -1, 5, -1, -1, 2147480000,

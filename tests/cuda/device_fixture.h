@@ -1,23 +1,21 @@
-// What the tests of the device backend share: the backend or a skip, and tensors on the device.
+// What the tests of the device backend share: the backend, and tensors on the device.
 #pragma once
-
-#include <gtest/gtest.h>
 
 #include <memory>
 #include <vector>
 
 #include "backends/cuda/cuda_backend.h"
+#include "cuda/cuda_test.h"
 #include "ops/op_set.h"
-#include "snapmla/cuda.h"
+#include "tensor/memory.h"
 
 namespace snapmla {
 
-class DeviceTest : public testing::Test {
+class DeviceTest : public test::CudaTest {
  protected:
   void SetUp() override {
-    const char* reason = cuda::unavailable_reason();
-    if (*reason) GTEST_SKIP() << "no GPU for this test: " << reason;
-    ops_ = cuda::make_cuda_backend();
+    CudaTest::SetUp();
+    if (!IsSkipped() && !HasFatalFailure()) ops_ = cuda::make_cuda_backend();
   }
 
   template <class T>
@@ -28,7 +26,7 @@ class DeviceTest : public testing::Test {
     return TensorView::of(static_cast<const T*>(buffers_.back().data()), shape);
   }
 
-  // The whole memory behind a tensor that put() made, `count` elements.
+  // The memory behind a tensor that put() made, `count` elements.
   template <class T>
   std::vector<T> get(const TensorView& t, std::int64_t count) {
     std::vector<T> values(static_cast<std::size_t>(count));

@@ -42,7 +42,7 @@ bool same_bits(const Floats& a, const Floats& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
-class CudaOps : public DeviceTest {
+class CudaSmallOps : public DeviceTest {
  protected:
   // A random weight on the host and on the device.
   struct Pair {
@@ -81,7 +81,7 @@ class CudaOps : public DeviceTest {
   std::unique_ptr<ops::OpSet> ref_ = ref::make_ref_backend(), cpu_ = cpu::make_cpu_backend(2);
 };
 
-TEST_F(CudaOps, LinearAgreesWithRefAndRowsAreIndependent) {
+TEST_F(CudaSmallOps, LinearAgreesWithRefAndRowsAreIndependent) {
   for (DType type : {DType::kF32, DType::kBF16, DType::kE4M3}) {
     for (std::int64_t in : {1, 7, 127, 128, 129, 300, 516}) {
       for (std::int64_t out : {1, 17, 131}) {
@@ -111,7 +111,7 @@ TEST_F(CudaOps, LinearAgreesWithRefAndRowsAreIndependent) {
   }
 }
 
-TEST_F(CudaOps, LinearHonoursStrides) {
+TEST_F(CudaSmallOps, LinearHonoursStrides) {
   const std::int64_t n = 9, in = 6, out = 5;
   const Pair w = weight(DType::kBF16, out, in, 3);
   const Floats x = random_floats(n * 11, 9);
@@ -133,7 +133,7 @@ TEST_F(CudaOps, LinearHonoursStrides) {
   }
 }
 
-TEST_F(CudaOps, HeadLinearAgreesWithRef) {
+TEST_F(CudaSmallOps, HeadLinearAgreesWithRef) {
   for (DType type : {DType::kF32, DType::kBF16}) {
     for (std::int64_t tokens : {1, 6}) {
       const std::int64_t heads = 5, out = 33, in = 20, pad = 4;
@@ -159,7 +159,7 @@ TEST_F(CudaOps, HeadLinearAgreesWithRef) {
   }
 }
 
-TEST_F(CudaOps, NormRopeAndElementwiseAgreeWithCpu) {
+TEST_F(CudaSmallOps, NormRopeAndElementwiseAgreeWithCpu) {
   for (std::int64_t width : {2, 6, 64, 130, 512}) {
     const std::int64_t tokens = 4;
     const Floats weight = random_floats(width, 1), table = random_floats(8 * width, 2);
@@ -200,7 +200,7 @@ TEST_F(CudaOps, NormRopeAndElementwiseAgreeWithCpu) {
   }
 }
 
-TEST_F(CudaOps, EmbedCopiesRows) {
+TEST_F(CudaSmallOps, EmbedCopiesRows) {
   for (DType type : {DType::kF32, DType::kBF16}) {
     const Pair table = weight(type, 9, 21, 5);
     const std::vector<std::int32_t> ids = {8, 0, 3, 3};
@@ -213,7 +213,7 @@ TEST_F(CudaOps, EmbedCopiesRows) {
   }
 }
 
-TEST_F(CudaOps, RouterChoosesAsTheHostDoes) {
+TEST_F(CudaSmallOps, RouterChoosesAsTheHostDoes) {
   for (int kind = 0; kind < 3; ++kind) {
     for (int experts : {8, 64, 256}) {
       for (bool ties : {false, true}) {
@@ -250,7 +250,7 @@ TEST_F(CudaOps, RouterChoosesAsTheHostDoes) {
   }
 }
 
-TEST_F(CudaOps, RouterGivesValidExpertsForNaN) {
+TEST_F(CudaSmallOps, RouterGivesValidExpertsForNaN) {
   ops::MoeRouteArgs a;
   a.top_k = 3;
   a.num_groups = 2;
@@ -263,7 +263,7 @@ TEST_F(CudaOps, RouterGivesValidExpertsForNaN) {
   for (float w : get<float>(a.weights)) EXPECT_TRUE(std::isnan(w));
 }
 
-TEST_F(CudaOps, MoeFfnAgreesWithRefAndRowsAreIndependent) {
+TEST_F(CudaSmallOps, MoeFfnAgreesWithRefAndRowsAreIndependent) {
   for (DType type : {DType::kBF16, DType::kE4M3}) {
     const std::int64_t tokens = 3, width = 140, inner = 132, top_k = 2;
     std::vector<ops::ExpertWeights> host, device;
@@ -301,7 +301,7 @@ struct PrefillShape {
   std::int64_t heads, nope, rope, v;
 };
 
-TEST_F(CudaOps, PrefillAgreesWithRefAndChunksChangeNoBit) {
+TEST_F(CudaSmallOps, PrefillAgreesWithRefAndChunksChangeNoBit) {
   for (const PrefillShape& s : {PrefillShape{2, 32, 64, 64}, PrefillShape{1, 128, 64, 128},
                                 PrefillShape{3, 7, 6, 5}, PrefillShape{1, 16, 8, 192}}) {
     const std::int64_t keys = 141, dims = s.nope + s.rope, per_head = s.nope + s.v;
@@ -350,7 +350,7 @@ TEST_F(CudaOps, PrefillAgreesWithRefAndChunksChangeNoBit) {
 }
 
 // A later token that is not finite must not reach an earlier one through the tile they share.
-TEST_F(CudaOps, PrefillKeepsLaterTokensOut) {
+TEST_F(CudaSmallOps, PrefillKeepsLaterTokensOut) {
   const std::int64_t keys = 5, width = 4;
   Floats q = random_floats(keys * width, 1), k = random_floats(keys * 2, 2), v = k, rope = k;
   for (std::int64_t d = 0; d < 2; ++d) {
@@ -368,7 +368,7 @@ TEST_F(CudaOps, PrefillKeepsLaterTokensOut) {
   for (std::size_t i = 0; i < 10; ++i) EXPECT_EQ(std::isnan(got[i]), i >= 6) << i;
 }
 
-TEST_F(CudaOps, RefusesWhatItCannotDo) {
+TEST_F(CudaSmallOps, RefusesWhatItCannotDo) {
   EXPECT_FALSE(ops_->memory().host_accessible());
   EXPECT_THROW(ops_->memory().allocate(std::int64_t{1} << 50), Error);
   const TensorView q = put(Floats(600, 0.0f), {1, 1, 600});

@@ -6,70 +6,19 @@
 #include <filesystem>
 
 #include "engine/sampler.h"
+#include "engine/shipped_model.h"
 #include "model/safetensors.h"
 #include "snapmla/snapmla.h"
 
 namespace snapmla {
 namespace {
 
-const std::string kModel = SNAPMLA_SOURCE_DIR "/models/snapmla-20m";
-
-EngineOptions options(KvCacheFormat format) {
-  EngineOptions o;
-  o.model_dir = kModel;
-  o.kv_cache = format;
-  o.max_model_len = 4096;
-  return o;
-}
-
-struct Golden {
-  model::SafetensorsFile file{SNAPMLA_SOURCE_DIR "/tests/oracles/o8/golden.safetensors"};
-  std::vector<std::int32_t> prompt(std::int64_t i) const {
-    const auto* offsets = file.tensors().at("prompts.offsets").data<std::int32_t>();
-    const auto* ids = file.tensors().at("prompts.ids").data<std::int32_t>();
-    return {ids + offsets[i], ids + offsets[i + 1]};
-  }
-  const float* logits(std::int64_t i) const { return file.tensors().at("logits").row<float>(i); }
-  const float* margin(std::int64_t i) const {
-    return file.tensors().at("greedy.margin").row<float>(i);
-  }
-  const std::int32_t* greedy(std::int64_t i) const {
-    return file.tensors().at("greedy.ids").row<std::int32_t>(i);
-  }
-};
-
-// Relative L2 distance of the last position's logits, worst over the eight prompts; and greedy
-// tokens must be the golden ones up to the first position whose margin is below `margin`.
-double worst_distance(KvCacheFormat format, float margin) {
-  const Golden golden;
-  Engine engine(options(format));
-  const std::int64_t vocab = engine.config().vocab_size;
-  double worst = 0;
-  for (std::int64_t i = 0; i < 8; ++i) {
-    const std::vector<std::int32_t> prompt = golden.prompt(i);
-    const std::vector<float> logits = engine.logits(prompt);
-    double difference = 0, norm = 0;
-    for (std::int64_t v = 0; v < vocab; ++v) {
-      const double want = golden.logits(i)[v];
-      const double got = logits[logits.size() - static_cast<std::size_t>(vocab - v)];
-      difference += (got - want) * (got - want);
-      norm += want * want;
-    }
-    worst = std::max(worst, std::sqrt(difference / norm));
-    SamplingParams greedy;
-    greedy.max_tokens = 64;
-    greedy.ignore_eos = true;
-    const RequestOutput out = engine.generate(prompt, greedy);
-    for (std::size_t t = 0; t < 64; ++t) {
-      if (golden.margin(i)[t] < margin) break;
-      EXPECT_EQ(out.tokens.at(t), golden.greedy(i)[t]) << "prompt " << i << ", token " << t;
-    }
-  }
-  return worst;
-}
+using shipped::Golden;
+using shipped::options;
+using shipped::worst_distance;
 
 TEST(ShippedModel, F32CacheMatchesTheOracle) {
-  const double distance = worst_distance(KvCacheFormat::kF32, 0.0f);
+  const double distance = worst_distance(options(KvCacheFormat::kF32), 0.0f);
   RecordProperty("relative_l2", std::to_string(distance));
   EXPECT_LT(distance, 1e-5);
 }
@@ -77,33 +26,16 @@ TEST(ShippedModel, F32CacheMatchesTheOracle) {
 // 1.5 times what these two functions returned on the cpu backend when the bounds were set: 2.22e-3
 // and 1.175e-2 (run with a bound of zero, the failure message prints the value).
 TEST(ShippedModel, Bf16CacheStaysWithinItsBound) {
-  EXPECT_LT(worst_distance(KvCacheFormat::kBf16, 0.5f), 3.33e-3);
+  EXPECT_LT(worst_distance(options(KvCacheFormat::kBf16), 0.5f), 3.33e-3);
 }
 
 TEST(ShippedModel, Fp8CacheStaysWithinItsBound) {
-  EXPECT_LT(worst_distance(KvCacheFormat::kFp8, 2.0f), 1.76e-2);
+  EXPECT_LT(worst_distance(options(KvCacheFormat::kFp8), 2.0f), 1.76e-2);
 }
 
-// Consistent prefill: neither the chunk size nor pages found in the prefix index change a bit.
 TEST(ShippedModel, ChunksAndPrefixReuseChangeNoBit) {
-  const std::vector<std::int32_t> prompt = Golden().prompt(1);
-  const std::vector<std::int32_t> part(
-      prompt.begin(), prompt.begin() + std::min<std::ptrdiff_t>(333, std::ssize(prompt)));
   for (KvCacheFormat format : {KvCacheFormat::kFp8, KvCacheFormat::kBf16}) {
-    Engine whole(options(format));
-    const std::vector<float> want = whole.logits(part);
-    for (int chunk : {1, 7, 64, 65, 200}) {
-      EngineOptions o = options(format);
-      o.prefill_chunk = chunk;
-      EXPECT_EQ(Engine(o).logits(part), want) << "chunk " << chunk;
-    }
-    SamplingParams params;
-    params.max_tokens = 24;
-    params.ignore_eos = true;
-    const RequestOutput first = whole.generate(part, params), second = whole.generate(part, params);
-    EXPECT_EQ(first.reused_tokens, 0);
-    EXPECT_EQ(second.reused_tokens, (std::ssize(part) - 1) / 64 * 64);
-    EXPECT_EQ(first.tokens, second.tokens);
+    shipped::expect_chunks_change_no_bit(options(format));
   }
 }
 
@@ -217,7 +149,7 @@ TEST(Engine, AWeightFileThatIsCutShortEndsTheRequestWithAnError) {
   namespace fs = std::filesystem;
   const fs::path dir = fs::path(testing::TempDir()) / "snapmla-cut-short";
   fs::remove_all(dir);
-  fs::copy(kModel, dir);
+  fs::copy(options(KvCacheFormat::kFp8).model_dir, dir);
   EngineOptions o = options(KvCacheFormat::kFp8);
   o.model_dir = dir.string();
   Engine engine(o);

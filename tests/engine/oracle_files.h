@@ -13,10 +13,11 @@
 #include <vector>
 
 #include "model/safetensors.h"
+#include "support/source_dir.h"
 
 namespace snapmla::oracle {
 
-inline const std::filesystem::path kOracles = SNAPMLA_SOURCE_DIR "/tests/oracles";
+inline const std::filesystem::path kOracles = source_dir() / "tests/oracles";
 
 // O1 to O7 without O5, which is LongCat-Flash.
 inline const std::vector<std::string> kNames = {"o1", "o2", "o3",      "o4",
