@@ -57,8 +57,24 @@ void plan_decode(const DecodeShape& shape, const TensorView& cache_seqlens,
 void mla_decode(const MlaDecodeArgs& args, const DecodeShape& shape, const Workspace& workspace,
                 Stream stream);
 
-void quantize_q(const QuantizeQArgs& args, Stream stream);
-void append_kv(const AppendKvArgs& args, Stream stream);
+// RoPE on the way: the 64 rope elements are rotated in f32 before they are quantised, pair
+// (2j, 2j + 1) by row `position` of the table. Empty views: nothing is rotated.
+struct RotaryFusion {
+  TensorView positions;  // [num_tokens] i32 (append_kv), [batch, seqlen_q] i32 (quantize_q)
+  TensorView cos_sin;    // [max_position, 64] f32: cos_0, sin_0, cos_1, sin_1, ...
+};
+
+// RMSNorm of the latent on the way: w * x / sqrt(mean(x^2) + eps) in f32. Empty: none.
+struct NormFusion {
+  TensorView weight;  // [512] f32 or bf16
+  float eps = 1e-6f;
+};
+
+// One pass over the rows, the bits of the reference backend. Rows must begin at multiples of 16
+// bytes (latent) and of two elements (rope).
+void quantize_q(const QuantizeQArgs& args, Stream stream, const RotaryFusion& rotary = {});
+void append_kv(const AppendKvArgs& args, Stream stream, const RotaryFusion& rotary = {},
+               const NormFusion& norm = {});
 void fetch_dequant(const FetchDequantArgs& args, Stream stream);
 
 }  // namespace snapmla::cuda

@@ -17,7 +17,7 @@ namespace snapmla {
 
 struct EngineOptions {
   std::string model_dir;
-  std::string backend = "auto";  // auto | cpu | ref (environment: SNAPMLA_BACKEND)
+  std::string backend = "auto";  // auto | cuda | cpu | ref (environment: SNAPMLA_BACKEND)
   KvCacheFormat kv_cache = KvCacheFormat::kFp8;
   ScaleMode scale_mode = ScaleMode::kAmax;
   DecodeNumerics numerics;

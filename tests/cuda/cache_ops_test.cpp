@@ -1,7 +1,9 @@
 // quantize_q, append_kv, fetch_dequant and the F32 decode on the device, against ref.
 #include <gtest/gtest.h>
 
+#include <cuda_runtime.h>
 #include <algorithm>
+
 #include <climits>
 #include <cmath>
 #include <cstring>
@@ -192,6 +194,75 @@ TEST_F(CudaSmallCacheOps, AppendAndFetchGiveTheBitsOfRef) {
         if (HasFatalFailure()) return;
       }
     }
+  }
+}
+
+// Fused RMSNorm and RoPE against the operations one after the other on ref. The F32 cache shows the
+// values themselves.
+TEST_F(CudaSmallCacheOps, FusedNormAndRopeAreTheOperationsInTurn) {
+  const std::int64_t tokens = 9, positions_known = 50;
+  std::mt19937 rng(5);
+  std::normal_distribution<float> normal;
+  const auto random = [&](std::int64_t n) {
+    std::vector<float> v(static_cast<std::size_t>(n));
+    for (float& x : v) x = normal(rng);
+    return v;
+  };
+  std::vector<float> latent = random(tokens * 512), rope = random(tokens * 64);
+  const std::vector<float> weight = random(512), table = random(positions_known * 64);
+  std::vector<std::int32_t> positions;
+  std::vector<std::int64_t> slots;
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    positions.push_back(static_cast<std::int32_t>(rng() % positions_known));
+    slots.push_back(63 - 5 * t);
+  }
+  cuda::RotaryFusion rotary{put(positions, {tokens}), put(table, {positions_known, 64})};
+  const cuda::NormFusion norm{put(weight, {512}), 1e-5f};
+  AppendKvArgs d;
+  d.latent = put(latent, {tokens, 512});
+  d.rope = put(rope, {tokens, 64});
+  d.slot_mapping = put(slots, {tokens});
+  const TensorView pool = put(std::vector<float>(147456 / 4, 0.0f), {147456 / 4});
+  d.cache = KvCacheView::of_pool(pool.raw(), 1, KvCacheFormat::kF32);
+  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);  // the uploads went through another stream
+  cuda::append_kv(d, nullptr, rotary, norm);
+
+  const TensorView l = TensorView::of(latent.data(), {tokens, 512});
+  const TensorView t = TensorView::of(table.data(), {positions_known, 64});
+  const TensorView p = TensorView::of(positions.data(), {tokens});
+  ops::rms_norm(*ref_, {l, TensorView::of(weight.data(), {512}), 1e-5f, l});
+  ops::rope(*ref_, {TensorView::of(rope.data(), {tokens, 1, 64}), p, t, true});
+  std::vector<float> want(147456 / 4, 0.0f);
+  AppendKvArgs a;
+  a.latent = l;
+  a.rope = TensorView::of(rope.data(), {tokens, 64});
+  a.slot_mapping = TensorView::of(slots.data(), {tokens});
+  a.cache = KvCacheView::of_pool(want.data(), 1, KvCacheFormat::kF32);
+  ops::append_kv(*ref_, a);
+  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  const std::vector<float> got = get<float>(pool);
+  for (std::size_t i = 0; i < want.size(); ++i)
+    ASSERT_NEAR(got[i], want[i], 1e-5f * (1 + std::fabs(want[i]))) << i;
+
+  // quantize_q: 3 requests of 3 tokens, one head; the scale and the latent stay, rope is rotated.
+  const TensorView codes = put(Bytes(static_cast<std::size_t>(tokens * 512)), {3, 3, 1, 512});
+  const TensorView rope16 =
+      put(std::vector<BFloat16>(static_cast<std::size_t>(tokens * 64)), {3, 3, 1, 64});
+  const TensorView scales = put(std::vector<float>(static_cast<std::size_t>(tokens)), {3, 3, 1});
+  const auto as_query = [](const TensorView& v, DType type, std::int64_t width) {
+    return TensorView(v.raw(), type, {3, 3, 1, width});
+  };
+  rotary.positions = TensorView::of(rotary.positions.data<std::int32_t>(), {3, 3});
+  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  cuda::quantize_q({as_query(d.latent, DType::kF32, 512), as_query(d.rope, DType::kF32, 64),
+                    as_query(codes, DType::kE4M3, 512), rope16, scales},
+                   nullptr, rotary);
+  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  const auto got_rope = get<BFloat16>(rope16);
+  const auto got_scale = get<float>(scales);
+  for (std::size_t i = 0; i < rope.size(); ++i) {
+    const float value = numeric::bf16_to_float(got_rope[i]) * got_scale[i / 64];
+    ASSERT_NEAR(value, rope[i], 0.005f * std::fabs(rope[i]) + 1e-6f) << i;
   }
 }
 

@@ -85,6 +85,34 @@ SNAPMLA_HD LaneRow load_row(const LatentT* latent, const RopeT* rope, int lane) 
   return row;
 }
 
+// Rotates a lane's rope pair; entry: cos, sin of its pair at the token's position.
+SNAPMLA_HD void rotate_pair(LaneRow& row, const float* entry) {
+  float c_s[2];
+  load_two(entry, c_s);
+  const float a = row.rope[0], b = row.rope[1];
+  row.rope[0] = a * c_s[0] - b * c_s[1];
+  row.rope[1] = a * c_s[1] + b * c_s[0];
+}
+
+// The sum of squares of a lane's latent elements.
+SNAPMLA_HD double squares_of(const LaneRow& row) {
+  double sum = 0;
+  for (float v : row.latent) sum += static_cast<double>(v) * v;
+  return sum;
+}
+
+// Finishes an RMSNorm; squares: the sum over the whole row. weight: [512], 16-byte aligned.
+template <class T>
+SNAPMLA_HD void normalise(LaneRow& row, double squares, float eps, const T* weight, int lane) {
+  const auto inverse = static_cast<float>(1.0 / sqrt(squares / kKvLoraRank + eps));
+  for (int half = 0; half < 2; ++half) {
+    float w[8];
+    load_eight(weight + latent_begin(lane, half), w);
+    for (int i = 0; i < 8; ++i)
+      row.latent[8 * half + i] = w[i] * (row.latent[8 * half + i] * inverse);
+  }
+}
+
 // |x| as an integer: ordered like the numbers, with infinity and NaN above all of them.
 SNAPMLA_HD std::uint32_t magnitude(float x) { return numeric::bits_of(x) & 0x7fffffffu; }
 

@@ -9,6 +9,7 @@
 #include "backends/cuda/kv_cache/views.h"
 #include "backends/cuda/launch.h"
 #include "ops/ops.h"
+#include "ops/validate.h"
 
 namespace snapmla::cuda {
 namespace {
@@ -16,10 +17,41 @@ namespace {
 constexpr int kQueryWarps = 8;   // rows per block: thousands of rows fill the GPU
 constexpr int kAppendWarps = 2;  // a decode step appends one token per request: spread them out
 
+struct Rotary {
+  const std::int32_t* positions;  // null: no rotation
+  const float* cos_sin;
+  std::int64_t token_stride[2], table_stride;
+
+  __device__ __forceinline__ void apply(LaneRow& row, std::int64_t i, std::int64_t j,
+                                        int lane) const {
+    if (!positions) return;
+    const std::int64_t position = positions[i * token_stride[0] + j * token_stride[1]];
+    rotate_pair(row, cos_sin + position * table_stride + 2 * lane);
+  }
+};
+
+struct Norm {
+  const void* weight;  // null: none
+  bool bf16;
+  float eps;
+
+  __device__ __forceinline__ void apply(LaneRow& row, int lane) const {
+    if (!weight) return;
+    double squares = squares_of(row);
+    for (int mask = 16; mask > 0; mask /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, mask);
+    if (bf16) {
+      normalise(row, squares, eps, static_cast<const BFloat16*>(weight), lane);
+    } else {
+      normalise(row, squares, eps, static_cast<const float*>(weight), lane);
+    }
+  }
+};
+
 struct QuantizeQParams {
   RowsView latent, rope, latent_out, rope_out, scale_out;  // strides in elements
   std::uint32_t rows, heads, seqlen_q;
   ScaleMode mode;
+  Rotary rotary;
 };
 
 __device__ __forceinline__ Amax warp_amax(const LaneRow& row) {
@@ -38,7 +70,8 @@ __global__ void __launch_bounds__(kQueryWarps* kLanes)
   const std::uint32_t b = token / p.seqlen_q, s = token % p.seqlen_q;
   wait_for_previous();
   if (r >= p.rows) return;
-  const LaneRow row = load_row(p.latent.at<LatentT>(b, s, h), p.rope.at<RopeT>(b, s, h), lane);
+  LaneRow row = load_row(p.latent.at<LatentT>(b, s, h), p.rope.at<RopeT>(b, s, h), lane);
+  p.rotary.apply(row, b, s, lane);
   const float scale = scale_of(warp_amax(row), p.mode);
   const numeric::Divider divide(scale);
   auto* codes = p.latent_out.at<std::uint8_t>(b, s, h);
@@ -57,6 +90,8 @@ struct AppendParams {
   CacheParams cache;
   std::int64_t tokens;
   ScaleMode mode;
+  Rotary rotary;
+  Norm norm;
 };
 
 template <class LatentT, class RopeT, KvCacheFormat kFormat>
@@ -69,7 +104,9 @@ __global__ void __launch_bounds__(kAppendWarps* kLanes)
   if (t >= p.tokens) return;
   const std::int64_t slot = p.slots[t];
   if (slot < 0) return;
-  const LaneRow row = load_row(p.latent.at<LatentT>(t, 0, 0), p.rope.at<RopeT>(t, 0, 0), lane);
+  LaneRow row = load_row(p.latent.at<LatentT>(t, 0, 0), p.rope.at<RopeT>(t, 0, 0), lane);
+  p.norm.apply(row, lane);
+  p.rotary.apply(row, t, 0, lane);
   const PageRow to = p.cache.row(slot / kPageSize, static_cast<int>(slot % kPageSize));
   if constexpr (kFormat == KvCacheFormat::kFp8) {
     store_fp8(to, row, scale_of(warp_amax(row), p.mode), lane);
@@ -80,9 +117,32 @@ __global__ void __launch_bounds__(kAppendWarps* kLanes)
   }
 }
 
+// positions: one per token, `shape` of them.
+Rotary rotary_of(const RotaryFusion& r, std::initializer_list<std::int64_t> shape) {
+  Rotary out{};
+  if (!r.positions.raw() && !r.cos_sin.raw()) return out;
+  ops::check_tensor("positions", r.positions, shape, {DType::kI32});
+  ops::check_tensor("cos_sin", r.cos_sin, {ops::kAny, kQkRopeHeadDim}, {DType::kF32});
+  rows_view("cos_sin", r.cos_sin, 8);
+  out.positions = r.positions.data<std::int32_t>();
+  out.cos_sin = r.cos_sin.data<float>();
+  out.token_stride[0] = r.positions.stride(0);
+  out.token_stride[1] = r.positions.rank() > 1 ? r.positions.stride(1) : 0;
+  out.table_stride = r.cos_sin.stride(0);
+  return out;
+}
+
+Norm norm_of(const NormFusion& n) {
+  if (!n.weight.raw()) return {};
+  ops::check_tensor("norm weight", n.weight, {kKvLoraRank}, {DType::kF32, DType::kBF16});
+  rows_view("norm weight", n.weight, 16);
+  require(n.eps > 0, "eps", n.eps, "a number > 0");
+  return Norm{n.weight.raw(), n.weight.dtype() == DType::kBF16, n.eps};
+}
+
 }  // namespace
 
-void quantize_q(const QuantizeQArgs& a, Stream stream) {
+void quantize_q(const QuantizeQArgs& a, Stream stream, const RotaryFusion& rotary) {
   ops::check_args(a);
   require_device();
   const std::int64_t rows = a.q_latent.dim(0) * a.q_latent.dim(1) * a.q_latent.dim(2);
@@ -97,7 +157,8 @@ void quantize_q(const QuantizeQArgs& a, Stream stream) {
                     static_cast<std::uint32_t>(rows),
                     static_cast<std::uint32_t>(a.q_latent.dim(2)),
                     static_cast<std::uint32_t>(a.q_latent.dim(1)),
-                    a.scale_mode};
+                    a.scale_mode,
+                    rotary_of(rotary, {a.q_latent.dim(0), a.q_latent.dim(1)})};
   dispatch_float(a.q_latent.dtype(), [&](auto latent) {
     dispatch_float(a.q_rope.dtype(), [&](auto rope) {
       launch("quantize_q", Ordering::kOverlap, quantize_q_kernel<decltype(latent), decltype(rope)>,
@@ -106,7 +167,8 @@ void quantize_q(const QuantizeQArgs& a, Stream stream) {
   });
 }
 
-void append_kv(const AppendKvArgs& a, Stream stream) {
+void append_kv(const AppendKvArgs& a, Stream stream, const RotaryFusion& rotary,
+               const NormFusion& norm) {
   ops::check_args(a);
   require_device();
   const std::int64_t tokens = a.latent.dim(0);
@@ -116,7 +178,9 @@ void append_kv(const AppendKvArgs& a, Stream stream) {
                  a.slot_mapping.data<const std::int64_t>(),
                  cache_params(a.cache),
                  tokens,
-                 a.scale_mode};
+                 a.scale_mode,
+                 rotary_of(rotary, {tokens}),
+                 norm_of(norm)};
   require(a.slot_mapping.stride(0) == 1 || tokens == 1, "slot_mapping stride",
           a.slot_mapping.stride(0), "1");
   const unsigned blocks = blocks_for("append_kv", tokens, kAppendWarps);

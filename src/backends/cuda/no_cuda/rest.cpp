@@ -9,8 +9,10 @@ const char* unavailable_reason() noexcept {
   return "this build has no CUDA kernels (configured without nvcc, or with SNAPMLA_CUDA=OFF)";
 }
 
-void quantize_q(const QuantizeQArgs&, Stream) { not_built("quantize_q"); }
-void append_kv(const AppendKvArgs&, Stream) { not_built("append_kv"); }
+void quantize_q(const QuantizeQArgs&, Stream, const RotaryFusion&) { not_built("quantize_q"); }
+void append_kv(const AppendKvArgs&, Stream, const RotaryFusion&, const NormFusion&) {
+  not_built("append_kv");
+}
 void fetch_dequant(const FetchDequantArgs&, Stream) { not_built("fetch_dequant"); }
 
 std::unique_ptr<ops::OpSet> make_cuda_backend() { not_built("the backend"); }
