@@ -215,6 +215,35 @@ TEST(CudaLanes, QuantizeQGivesTheBitsOfRef) {
   }
 }
 
+// The fused RMSNorm and RoPE of append_kv, lane by lane.
+TEST(CudaLanes, NormAndRotationAreRefsOperations) {
+  std::mt19937 rng(3);
+  Row row = random_row(rng, -1, 3);
+  const Row other = random_row(rng, 0, 2);  // latent: the norm's weight; rope: cos and sin
+  struct alignas(16) {
+    float latent[kKvLoraRank], rope[kQkRopeHeadDim];
+  } got{}, weight{};
+  std::copy_n(other.latent, kKvLoraRank, weight.latent);
+  double squares = 0;
+  for (int lane = 0; lane < kLanes; ++lane)
+    squares += cuda::squares_of(cuda::load_row(row.latent, row.rope, lane));
+  for (int lane = 0; lane < kLanes; ++lane) {
+    cuda::LaneRow part = cuda::load_row(row.latent, row.rope, lane);
+    cuda::normalise(part, squares, 1e-5f, weight.latent, lane);
+    cuda::rotate_pair(part, other.rope + 2 * lane);
+    cuda::store_row(got.latent, got.rope, part, lane);
+  }
+  const std::int32_t position = 0;
+  const TensorView latent = TensorView::of(row.latent, {1, kKvLoraRank});
+  ref::rms_norm({latent, TensorView::of(weight.latent, {kKvLoraRank}), 1e-5f, latent});
+  ref::rope({TensorView::of(row.rope, {1, 1, kQkRopeHeadDim}), TensorView::of(&position, {1}),
+             TensorView::of(other.rope, {1, kQkRopeHeadDim}), true});
+  for (int d = 0; d < kKvLoraRank; ++d)
+    ASSERT_NEAR(got.latent[d], row.latent[d], 1e-6f * (1 + std::fabs(row.latent[d]))) << d;
+  for (int d = 0; d < kQkRopeHeadDim; ++d)
+    ASSERT_NEAR(got.rope[d], row.rope[d], 1e-6f * (1 + std::fabs(row.rope[d]))) << d;
+}
+
 TEST(Divider, GivesTheBitsOfADivision) {
   std::mt19937 rng(7);
   // Any sign and mantissa, exponent in [lowest, highest).

@@ -17,10 +17,17 @@ namespace snapmla::cuda {
 
 inline constexpr int kLanes = 32;
 
-struct alignas(16) Bytes16 {
+// Rows are read and written as words, whatever their elements: g++ must not assume otherwise.
+#if defined(__CUDACC__)
+#define SNAPMLA_MAY_ALIAS
+#else
+#define SNAPMLA_MAY_ALIAS [[gnu::may_alias]]
+#endif
+using Word SNAPMLA_MAY_ALIAS = std::uint32_t;
+struct SNAPMLA_MAY_ALIAS alignas(16) Bytes16 {
   std::uint32_t word[4];
 };
-struct alignas(8) Bytes8 {
+struct SNAPMLA_MAY_ALIAS alignas(8) Bytes8 {
   std::uint32_t word[2];
 };
 
@@ -46,7 +53,7 @@ SNAPMLA_HD void load_eight(const float* from, float* to) {
   }
 }
 SNAPMLA_HD void load_two(const BFloat16* from, float* to) {
-  const std::uint32_t raw = *reinterpret_cast<const std::uint32_t*>(from);
+  const std::uint32_t raw = *reinterpret_cast<const Word*>(from);
   to[0] = numeric::low_bf16(raw);
   to[1] = numeric::high_bf16(raw);
 }
@@ -69,7 +76,7 @@ SNAPMLA_HD void store_eight(float* to, const float* v) {
   }
 }
 SNAPMLA_HD void store_two(BFloat16* to, const float* v) {
-  *reinterpret_cast<std::uint32_t*>(to) = numeric::pack_bf16(v[0], v[1]);
+  *reinterpret_cast<Word*>(to) = numeric::pack_bf16(v[0], v[1]);
 }
 SNAPMLA_HD void store_two(float* to, const float* v) {
   *reinterpret_cast<Bytes8*>(to) = Bytes8{{numeric::bits_of(v[0]), numeric::bits_of(v[1])}};
@@ -198,8 +205,7 @@ SNAPMLA_HD void store_fp8(const PageRow& to, const LaneRow& row, float scale, in
     *reinterpret_cast<Bytes8*>(latent_at<Float8E4M3>(to, latent_begin(lane, half))) =
         quantize_eight(row.latent + 8 * half, divide);
   }
-  *reinterpret_cast<std::uint32_t*>(rope_at<BFloat16>(to, 2 * lane)) =
-      quantize_rope_pair(row.rope, scale);
+  *reinterpret_cast<Word*>(rope_at<BFloat16>(to, 2 * lane)) = quantize_rope_pair(row.rope, scale);
   if (lane == 0) to.scale[to.token] = scale;
 }
 
