@@ -10,8 +10,10 @@
 namespace snapmla::test {
 namespace {
 
-constexpr double kFewTokensSlack = 1.5e-2, kFewTokensLse = 5e-2;
-constexpr double kManyTokensSlack = 1e-3, kManyTokensLse = 5e-3;
+// The tensor cores cut the scores to 14 bits, which the emulation here does not: on an H200 the lse
+// differed by at most 0.053 (few tokens, wide logits) and 0.011 (30,000 and 131,072 tokens).
+constexpr double kFewTokensSlack = 1.5e-2, kFewTokensLse = 8e-2;
+constexpr double kManyTokensSlack = 1e-3, kManyTokensLse = 2e-2;
 
 // Case `index` of the shared table, with the GPU's own variations on top. Its F32 cases are BF16
 // here; P is accumulated in two levels always.

@@ -44,6 +44,7 @@ __device__ void copy_pages(const DecodeParams& p, SharedStorage& s, int item_beg
     int page = pages.first + kSlot;
     std::int64_t next = page < pages.end ? table[page] : 0;
     for (; page < pages.end; page += 2, parity ^= 1) {
+      const int page_id = static_cast<int>(next);
       const std::uint8_t* latent = p.kv_latent + next * p.latent_page_stride;
       const std::uint8_t* rope = p.kv_rope + next * p.rope_page_stride;
       if (page + 2 < pages.end) next = table[page + 2];  // ahead of the waits, to hide its latency
@@ -56,7 +57,13 @@ __device__ void copy_pages(const DecodeParams& p, SharedStorage& s, int item_beg
         const std::uint32_t full = ptx::shared_address(&s.full[kSlot][g]);
         wait(s.empty[kSlot][g], parity);
         ptx::mbarrier_arrive_expect_tx(full, bytes);
-        if constexpr (kEvictFirst) {
+        if (p.plain_rows) {
+          for (int c = 0; c < chunk_count(g); ++c) {
+            ptx::tensor_copy_g2s(to + static_cast<std::uint32_t>(c * kChunkBytes),
+                                 g == 0 ? &p.rope_map : &p.latent_map,
+                                 g == 0 ? 0 : (chunk + c) * 128, 0, page_id, full);
+          }
+        } else if constexpr (kEvictFirst) {
           ptx::bulk_copy_g2s(to, from, bytes, full, policy);
         } else {
           ptx::bulk_copy_g2s(to, from, bytes, full);

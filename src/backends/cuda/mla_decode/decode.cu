@@ -73,15 +73,44 @@ void check_plane(const char* name, const std::uint8_t* pointer, std::int64_t str
 
 void check_cache(const KvCacheView& c, KvCacheFormat format) {
   if (c.format != format) refuse("cache format", to_string(c.format), to_string(format));
-  if (c.image != PageImage::kSwizzled128) {
-    throw Error(ErrorCode::kUnsupported,
-                "cache image: got plain rows, accepted on CUDA is the swizzled page image");
-  }
   require(c.num_pages >= 1, "cache num_pages", c.num_pages, "at least 1");
   const PageLayout l = page_layout(format);
   check_plane("cache latent", c.latent, c.latent_page_stride, l.rope_offset);
   check_plane("cache rope", c.rope, c.rope_page_stride, kPageSize * kQkRopeHeadDim * 2);
   if (l.has_scale) check_plane("cache scale", c.scale, c.scale_page_stride, kPageSize * 4);
+}
+
+// A plane of plain rows as [num_pages, 64, row_bytes] u8, read in boxes of 128 bytes x 64 tokens
+// that arrive in the 128-byte-swizzled image.
+CUtensorMap plain_rows_map(const char* name, const std::uint8_t* plane, std::int64_t num_pages,
+                           std::int64_t page_stride, std::int64_t row_bytes) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result{};
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                           cudaEnableDefault, &result),
+          "cuTensorMapEncodeTiled");
+    if (result != cudaDriverEntryPointSuccess || !function)
+      throw Error(ErrorCode::kUnsupported, "the driver lacks cuTensorMapEncodeTiled (CUDA 12.0)");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  CUtensorMap map{};
+  const cuuint64_t extents[3] = {static_cast<cuuint64_t>(row_bytes), kPageSize,
+                                 static_cast<cuuint64_t>(num_pages)};
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(row_bytes),
+                                 static_cast<cuuint64_t>(page_stride)};
+  const cuuint32_t box[3] = {128, kPageSize, 1}, steps[3] = {1, 1, 1};
+  const CUresult status =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<std::uint8_t*>(plane), extents,
+             strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) {
+    refuse(name,
+           str("a plane of ", num_pages, " pages with stride ", page_stride,
+               " bytes that the driver cannot map (error ", static_cast<int>(status), ")"),
+           "fewer than 2^32 pages and a stride below 2^40 bytes");
+  }
+  return map;
 }
 
 void check_workspace(const DecodeShape& shape, const Workspace& w) {
@@ -155,6 +184,14 @@ void mla_decode(const MlaDecodeArgs& a, const DecodeShape& shape, const Workspac
   p.latent_page_stride = a.cache.latent_page_stride;
   p.rope_page_stride = a.cache.rope_page_stride;
   p.scale_page_stride = a.cache.scale_page_stride;
+  p.plain_rows = a.cache.image == PageImage::kPlainRows;
+  if (p.plain_rows) {
+    const PageLayout l = page_layout(shape.format);
+    p.latent_map = plain_rows_map("cache latent", a.cache.latent, a.cache.num_pages,
+                                  a.cache.latent_page_stride, kKvLoraRank * l.latent_elem_bytes);
+    p.rope_map = plain_rows_map("cache rope", a.cache.rope, a.cache.num_pages,
+                                a.cache.rope_page_stride, kQkRopeHeadDim * l.rope_elem_bytes);
+  }
   p.block_table = a.block_table.data<std::int32_t>();
   p.table_stride = a.block_table.stride(0);
   p.cache_seqlens = a.cache_seqlens.data<std::int32_t>();

@@ -9,6 +9,8 @@
 //               partial result in out_accum / lse_accum, which combine merges
 #pragma once
 
+#include <cuda.h>
+
 #include <cstdint>
 
 namespace snapmla::cuda {
@@ -40,6 +42,10 @@ struct RowStrides {
 };
 
 struct DecodeParams {
+  // Pages of plain rows only: boxes of 128 bytes x 64 tokens that the copy engine swizzles.
+  CUtensorMap latent_map, rope_map;  // [num_pages, 64, row bytes] u8
+  bool plain_rows;
+
   const std::uint8_t* q_latent;  // e4m3 (FP8 cache) or bf16
   const std::uint8_t* q_rope;    // bf16
   const float* q_scale;          // null unless FP8

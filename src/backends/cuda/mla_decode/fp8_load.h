@@ -39,21 +39,30 @@ __device__ void copy_pages(const DecodeParams& p, Storage& s, int item_begin, in
         return full;
       };
       // One chunk of both pages, each from its plane, to consecutive places.
-      const auto copy = [&](int c, const std::uint8_t* plane, std::int64_t stride,
-                            std::uint32_t full) {
+      const auto copy = [&](int c, std::uint32_t full) {
+        const bool rope = c == kRopeChunk;
         const std::uint32_t to = shared_address(s.keys[slot][c]);
-        bulk_copy_g2s(to, plane + page0 * stride, kPageBytesChunk, full);
-        if (page1 >= 0)
-          bulk_copy_g2s(to + kPageBytesChunk, plane + page1 * stride, kPageBytesChunk, full);
+        const auto copy_page = [&](std::uint32_t place, int page) {
+          if (p.plain_rows) {
+            tensor_copy_g2s(place, rope ? &p.rope_map : &p.latent_map, rope ? 0 : c * 128, 0, page,
+                            full);
+          } else {
+            bulk_copy_g2s(place,
+                          rope ? p.kv_rope + page * p.rope_page_stride
+                               : p.kv_latent + page * p.latent_page_stride + c * kPageBytesChunk,
+                          kPageBytesChunk, full);
+          }
+        };
+        copy_page(to, page0);
+        if (page1 >= 0) copy_page(to + kPageBytesChunk, page1);
       };
 #pragma unroll 1
       for (int c = 0; c < 2; ++c) {
         const std::uint32_t full = begin(c, 2);
 #pragma unroll 1
-        for (int chunk = c; chunk < kLatentChunks; chunk += 2)
-          copy(chunk, p.kv_latent + chunk * kPageBytesChunk, p.latent_page_stride, full);
+        for (int chunk = c; chunk < kLatentChunks; chunk += 2) copy(chunk, full);
       }
-      copy(kRopeChunk, p.kv_rope, p.rope_page_stride, begin(kRopeGroup, 1));
+      copy(kRopeChunk, begin(kRopeGroup, 1));
     }
   }
 }

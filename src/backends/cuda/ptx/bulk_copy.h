@@ -39,6 +39,16 @@ __device__ __forceinline__ std::uint64_t l2_policy_evict_last() {
   return policy;
 }
 
+// One box of a three-dimensional tensor map, at coordinates (x, y, z) in elements, innermost first.
+__device__ __forceinline__ void tensor_copy_g2s(std::uint32_t destination, const void* map, int x,
+                                                int y, int z, std::uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(destination),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+      : "memory");
+}
+
 // Shared -> global; complete with bulk_commit and bulk_wait_read / bulk_wait.
 __device__ __forceinline__ void bulk_copy_s2g(void* destination, std::uint32_t source,
                                               std::uint32_t bytes) {
