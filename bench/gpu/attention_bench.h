@@ -37,7 +37,7 @@ std::vector<std::int32_t> request_lengths(const AttentionBenchShape& shape);
 struct AttentionBenchOptions {
   std::vector<AttentionBenchShape> shapes;
   std::vector<KvCacheFormat> formats = {KvCacheFormat::kFp8, KvCacheFormat::kBf16};
-  int p_block = 64;
+  int p_block = 128;
   bool deterministic = false;
   int rounds = 1;          // burst and sustained of every format, in turn, so many times
   int verified_rows = 24;  // sampled rows per shape and format

@@ -16,7 +16,7 @@ namespace snapmla::gpu {
 struct AttentionCliFlags {
   std::string preset;
   bool ragged = false, deterministic = false, no_extras = false;
-  int p_block = 64, rounds = 1;
+  int p_block = 128, rounds = 1;
   double load_s = 0.5, sustained_s = 0.3, idle_s = 0.7;
   std::string json, csv;
 };

@@ -30,7 +30,8 @@ struct QuantizeQArgs {
 
 // How P, the probabilities, is quantised before PV (FP8 cache only).
 struct DecodeNumerics {
-  int p_block = 64;  // tokens per P scale: 64 (the paper's) or 128
+  int p_block =
+      128;  // tokens per P scale: 128 or 64 (the paper's), see docs/design/0003-p-block.md
   bool two_level_accumulation =
       true;                        // false: one accumulator over the whole split, for study only
   bool tensor_core_model = false;  // true: emulate the tensor core's 14-bit accumulation (ref only)

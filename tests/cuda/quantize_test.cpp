@@ -178,15 +178,25 @@ TEST_P(CudaSmallBits, AppendKvAndFetchDequant) {
             f.rope_out = TensorView(r, GetParam(), {n, 64});
             return f;
           };
-          const auto bytes = static_cast<std::int64_t>(size_of(GetParam()));
-          std::vector<std::uint8_t> l(static_cast<std::size_t>(n * 512 * bytes + 64), 0xab),
-              r(static_cast<std::size_t>(n * 64 * bytes + 64), 0xab);
-          DeviceBuffer<std::uint8_t> dl(l), dr(r);
-          if (n > 0) ref_->fetch_dequant(fetch(table.data(), pool.data(), l.data(), r.data()));
-          cuda::fetch_dequant(fetch(d_table.data(), d_pool.data(), dl.data(), dr.data()), nullptr);
-          SNAPMLA_CUDA_CHECK(cudaDeviceSynchronize());
-          expect_same_bits(l, dl, "latent_out");
-          expect_same_bits(r, dr, "rope_out");
+          const auto compare = [&](auto element) {
+            using T = decltype(element);
+            T guard;
+            std::memset(static_cast<void*>(&guard), 0xab, sizeof guard);
+            std::vector<T> l(static_cast<std::size_t>(n * 512 + 16), guard),
+                r(static_cast<std::size_t>(n * 64 + 16), guard);
+            DeviceBuffer<T> dl(l), dr(r);
+            if (n > 0) ref_->fetch_dequant(fetch(table.data(), pool.data(), l.data(), r.data()));
+            cuda::fetch_dequant(fetch(d_table.data(), d_pool.data(), dl.data(), dr.data()),
+                                nullptr);
+            SNAPMLA_CUDA_CHECK(cudaDeviceSynchronize());
+            expect_same_bits(l, dl, "latent_out");
+            expect_same_bits(r, dr, "rope_out");
+          };
+          if (GetParam() == DType::kF32) {
+            compare(float{});
+          } else {
+            compare(BFloat16{});
+          }
         }
       }
     }

@@ -69,12 +69,12 @@ TEST_F(Backend, PublicCudaFunctionsRefuseWithoutAGpu) {
   const std::int32_t length = 1;
   refuses([&] { cuda::plan_decode(shape, TensorView::of(&length, {1}), {}, nullptr); });
   refuses([&] { cuda::mla_decode({}, shape, {}, nullptr); });
-  float x[576] = {};
+  float x[576] = {}, scale = 0;
   std::uint8_t codes[512];
   BFloat16 rope[64];
   const QuantizeQArgs q{TensorView::of(x, {1, 1, 1, 512}), TensorView::of(x + 512, {1, 1, 1, 64}),
                         TensorView(codes, DType::kE4M3, {1, 1, 1, 512}),
-                        TensorView::of(rope, {1, 1, 1, 64}), TensorView::of(x, {1, 1, 1})};
+                        TensorView::of(rope, {1, 1, 1, 64}), TensorView::of(&scale, {1, 1, 1})};
   refuses([&] { cuda::quantize_q(q, nullptr); });
 }
 
