@@ -21,8 +21,8 @@
 //   wg 2,3  |    PV(j-1)         |     PV(j)              |
 //   copies  |  chunk by chunk into the ring of two tiles, as QK and PV release them
 //
-// Shared memory (bytes): query 40,960; ring 2 x (4 x 16,384 latent + 16,384 rope + 512 scales);
-// P 2 x 8,192; factors, sigma and barriers about 5,000. See SharedStorage.
+// Shared memory (bytes): query 40,960; ring 2 x (4 x 16,384 latent + 16,384 rope); P 2 x 8,192;
+// factors, sigma and barriers about 5,000. See Fp8SharedStorage.
 #pragma once
 
 #include "backends/cuda/mla_decode/fp8_load.h"

@@ -16,7 +16,7 @@ __device__ __forceinline__ void bulk_copy_g2s(std::uint32_t destination, const v
       : "memory");
 }
 
-// The same with an L2 cache policy made by l2_policy_evict_first / l2_policy_evict_last.
+// The same with an L2 cache policy made by l2_policy_evict_first.
 __device__ __forceinline__ void bulk_copy_g2s(std::uint32_t destination, const void* source,
                                               std::uint32_t bytes, std::uint32_t barrier,
                                               std::uint64_t l2_policy) {
@@ -33,12 +33,6 @@ __device__ __forceinline__ std::uint64_t l2_policy_evict_first() {
   return policy;
 }
 
-__device__ __forceinline__ std::uint64_t l2_policy_evict_last() {
-  std::uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
 // One box of a three-dimensional tensor map, at coordinates (x, y, z) in elements, innermost first.
 __device__ __forceinline__ void tensor_copy_g2s(std::uint32_t destination, const void* map, int x,
                                                 int y, int z, std::uint32_t barrier) {
@@ -47,31 +41,6 @@ __device__ __forceinline__ void tensor_copy_g2s(std::uint32_t destination, const
       "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(destination),
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
       : "memory");
-}
-
-// Shared -> global; complete with bulk_commit and bulk_wait_read / bulk_wait.
-__device__ __forceinline__ void bulk_copy_s2g(void* destination, std::uint32_t source,
-                                              std::uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
-                   __cvta_generic_to_global(destination)),
-               "r"(source), "r"(bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void bulk_commit() {
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-
-// Until at most kPending of this thread's groups still READ their shared memory.
-template <int kPending>
-__device__ __forceinline__ void bulk_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
-}
-
-// Until at most kPending of this thread's groups are incomplete (writes visible).
-template <int kPending>
-__device__ __forceinline__ void bulk_wait() {
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 }  // namespace snapmla::cuda::ptx
