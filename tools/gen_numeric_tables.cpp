@@ -1,7 +1,8 @@
 // Writes tests/numeric/e4m3.bin from the CUDA toolkit's own host conversions:
 //   65,536 bytes: the e4m3 code of every bf16 bit pattern (round to nearest even, satfinite)
 //   256 x 4 bytes: the f32 bits of every e4m3 code (little endian)
-// Build and run: nvcc -x cu -o gen_numeric_tables gen_numeric_tables.cpp
+// The test numeric_tables builds it where a CUDA toolkit is, and compares. By hand:
+//                nvcc -x cu -o gen_numeric_tables gen_numeric_tables.cpp
 //                ./gen_numeric_tables tests/numeric/e4m3.bin
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>

@@ -2,9 +2,10 @@
 //
 // A page holds 64 tokens of one layer, in planes:
 //
-//   FP8  : | latent 64 x 512 e4m3 = 32768 B | rope 64 x 64 bf16 = 8192 B | scale 64 x f32 = 256 B |
-//   41216 B BF16 : | latent 64 x 512 bf16 = 65536 B | rope 64 x 64 bf16 = 8192 B | 73728 B F32  : |
-//   latent 64 x 512 f32 = 131072 B | rope 64 x 64 f32 = 16384 B |                          147456 B
+//          latent 64 x 512   rope 64 x 64   scale 64      page
+//   FP8    e4m3    32768 B   bf16  8192 B   f32 256 B    41216 B
+//   BF16   bf16    65536 B   bf16  8192 B                73728 B
+//   F32    f32    131072 B   f32  16384 B               147456 B
 //
 // FP8: value of a latent element = e4m3 * scale; rope is stored DIVIDED by scale, so that one
 // factor serves both score parts (SnapMLA, arXiv 2602.10718, section on RoPE-aware per-token
@@ -106,8 +107,9 @@ struct KvCacheView {
   }
 };
 
-// How a per-token scale is chosen (kernel numerics 4.6). kAmax: amax/448, represents the largest
-// element exactly. kPow2: the next power of two, which makes the division of the rope part exact.
+// How a per-token scale is chosen (docs/design/0004-fp8-numerics.md). kAmax: amax/448, represents
+// the largest element exactly. kPow2: the next power of two, which makes the division of the rope
+// part exact.
 enum class ScaleMode : std::uint8_t { kAmax, kPow2 };
 
 // Quantise and store new tokens. Bitwise the same on every backend.

@@ -1,13 +1,14 @@
 // The DeepSeek-V2/V3 forward pass, once for all backends, in terms of OpSet operations.
 //
-//   block:   x += Attn(RMSNorm(x));  x += FFN(RMSNorm(x))          (model_spec: norm, MLA, router
-//   formulae) prefill: naive MLA over all keys of the sequence, read back from the cache. Every
-//   key, the chunk's own
-//            included, has gone through the cache's quantiser, so the result for a token does not
-//            depend on how the prompt was cut or on which pages were found in the prefix index: bit
-//            for bit.
-//   decode:  absorbed MLA: W_UK is folded into the query, W_UV into the output; attention runs on
-//   latents.
+//   block:    x += Attn(RMSNorm(x));  x += FFN(RMSNorm(x))
+//
+//   prefill:  naive MLA over all keys of the sequence, read back from the cache. Every key, the
+//             chunk's own included, has gone through the cache's quantiser, so that the result for
+//             a token does not depend on how the prompt was cut or on which pages were found in the
+//             prefix index: bit for bit.
+//
+//   decode:   absorbed MLA: W_UK is folded into the query, W_UV into the output; attention runs on
+//             latents.
 #pragma once
 
 #include <cstdint>
