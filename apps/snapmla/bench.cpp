@@ -69,12 +69,47 @@ nlohmann::ordered_json describe_run() {
   return {{"command", command}, {"version", SNAPMLA_VERSION}, {"date", date}};
 }
 
+CLI::Option* add_kv_cache(CLI::App& command, std::vector<std::string>& formats,
+                          const std::string& note) {
+  const std::string help = "Formats of the latent cache: fp8, bf16, f32" + note;
+  return command.add_option("--kv-cache", formats, bench_cli::with_default(help + "\n", formats))
+      ->type_name("FORMAT,...")
+      ->delimiter(',')
+      ->check(one_of({"fp8", "bf16", "f32"}));
+}
+
+CLI::Option* add_device(CLI::App& command, std::string& device) {
+  const std::string help = "auto, cpu, cuda, or ref, the slow specification";
+  return command.add_option("--device", device, bench_cli::with_default(help + "\n", device))
+      ->type_name("NAME")
+      ->check(one_of({"auto", "cpu", "cuda", "ref"}));
+}
+
+CLI::Option* add_threads(CLI::App& command, int& threads) {
+  return command
+      .add_option("-t,--threads", threads, "Threads (default: all that the process may use)")
+      ->type_name("N")
+      ->check(integer_in(0, 4096));
+}
+
+CLI::Option* add_output(CLI::App& command, std::string& output) {
+  return command
+      .add_option("-o,--output", output, bench_cli::with_default("table, json, csv or md", output))
+      ->type_name("FORM")
+      ->check(one_of({"table", "json", "csv", "md"}));
+}
+
 }  // namespace bench
 
 void register_bench(CLI::App& app, int& status) {
   CLI::App* command =
       app.add_subcommand("bench", "Measure decode attention, or text generation with a model");
   command->require_subcommand(1);
+  command->footer(
+      "Examples:\n"
+      "  snapmla bench attention --heads 8,16 --context 1024,8192\n"
+      "  snapmla bench generate -p 512 -n 128 --kv-cache fp8,bf16\n"
+      "'snapmla bench COMMAND --help' describes a command.");
   bench::register_attention(*command, status);
   bench::register_generate(*command, status);
   bench::register_accuracy(*command, status);

@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "cli_text.h"
+
 namespace snapmla::app::bench {
 
 // One column of a report: the key of a row's object, and how tables print it. `format` is printf's,
@@ -64,6 +66,13 @@ class LimitProbe {
   struct Impl;
   std::unique_ptr<Impl> impl_;
 };
+
+// Options that both benches have, with the same values in both.
+CLI::Option* add_kv_cache(CLI::App& command, std::vector<std::string>& formats,
+                          const std::string& note = "");
+CLI::Option* add_device(CLI::App& command, std::string& device);
+CLI::Option* add_threads(CLI::App& command, int& threads);
+CLI::Option* add_output(CLI::App& command, std::string& output);
 
 void register_attention(CLI::App& bench, int& status);
 void register_generate(CLI::App& bench, int& status);

@@ -12,6 +12,7 @@
 #include "bench_device.h"
 #include "bench_problem.h"
 #include "commands.h"
+#include "engine/backend_factory.h"
 
 namespace snapmla::app::bench {
 namespace {
@@ -123,49 +124,90 @@ int run(const Flags& f) {
   return 0;
 }
 
+// An option that the device has no use for is a mistake, not something to pass over.
+void check_options(const CLI::App& command, const std::vector<CLI::Option*>& host_only,
+                   const std::string& given, const std::string& device) {
+  const auto refuse = [&](const CLI::Option* option, const std::string& accepted) {
+    const std::string meaning = given == device ? "" : " (here " + device + ")";
+    throw CLI::ValidationError(option->get_name(),
+                               "got --device " + given + meaning + ", accepted " + accepted);
+  };
+  for (const CLI::Option* option : command.get_options()) {
+    if (option->count() > 0 && option->get_group() == CudaAttention::kGroup && given != "cuda") {
+      refuse(option, "only with --device cuda");
+    }
+  }
+  if (device != "cuda") return;
+  for (const CLI::Option* option : host_only) {
+    if (option->count() > 0) refuse(option, "only with --device cpu or ref");
+  }
+}
+
+// The GPU bench measures the tensor core kernels; an F32 cache has none.
+void check_formats(const std::vector<std::string>& formats, const std::string& device) {
+  if (device == "cuda" && std::find(formats.begin(), formats.end(), "f32") != formats.end()) {
+    throw CLI::ValidationError("--kv-cache",
+                               "got 'f32', accepted with --device cuda are fp8, bf16 "
+                               "(an f32 cache has no tensor core kernel to measure)");
+  }
+}
+
 }  // namespace
 
 void register_attention(CLI::App& bench, int& status) {
   auto f = std::make_shared<Flags>();
-  CLI::App* command = bench.add_subcommand(
-      "attention",
-      "Decode attention over a random cache. Lists make a sweep: --heads 8,16 --context 1024,8192");
+  CLI::App* command = bench.add_subcommand("attention",
+                                           "Decode attention over a random cache.\nLists make a "
+                                           "sweep: --heads 8,16 --context 1024,8192");
+  using bench_cli::with_default;
   const auto list = [&](const char* name, auto& values, const char* help, int low, int high) {
-    command->add_option(name, values, help)
+    command->add_option(name, values, with_default(help, values))
+        ->type_name("N,...")
         ->delimiter(',')
-        ->check(integer_in(low, high))
-        ->capture_default_str();
+        ->check(integer_in(low, high));
   };
   list("--heads", f->heads, "Query heads", 1, kMaxHeadsQ);
   list("--seqlen-q", f->seqlen_q, "New tokens per request", 1, kMaxSeqlenQ);
   list("-b,--batch", f->batch, "Requests", 1, 65536);
-  list("-c,--context", f->context, "Tokens in the cache per request, the new ones included", 1,
+  list("-c,--context", f->context, "Tokens in the cache per request, the new ones included\n", 1,
        1 << 24);
-  command->add_option("--kv-cache", f->kv_cache, "Formats of the latent cache")
-      ->delimiter(',')
-      ->check(one_of({"fp8", "bf16"}))
-      ->capture_default_str();
-  command->add_option("--device", f->device, "cpu, ref (the slow specification), or cuda")
-      ->capture_default_str();
-  command->add_option("-t,--threads", f->threads, "Threads; default: all that the process may use")
-      ->check(integer_in(0, 4096));
-  command->add_option("-r,--repetitions", f->repetitions, "Timed runs per shape, at least")
-      ->check(integer_in(1, 1000000))
-      ->capture_default_str();
-  command->add_option("--min-time", f->min_time, "Seconds of timed runs per shape, at least")
-      ->check(number_in([](double x) { return x >= 0 && x <= 3600; }, "0 to 3600"))
-      ->capture_default_str();
-  command->add_option("-o,--output", f->output, "table, json, csv or md")
-      ->check(one_of({"table", "json", "csv", "md"}))
-      ->capture_default_str();
+  add_kv_cache(*command, f->kv_cache, " (not on cuda)");
+  add_device(*command, f->device);
+  std::vector<CLI::Option*> host_only;
+  host_only.push_back(add_threads(*command, f->threads));
+  host_only.push_back(
+      command
+          ->add_option("-r,--repetitions", f->repetitions,
+                       with_default("Timed runs per shape, at least", f->repetitions))
+          ->type_name("N")
+          ->check(integer_in(1, 1000000)));
+  host_only.push_back(
+      command
+          ->add_option("--min-time", f->min_time,
+                       with_default("Timed runs per shape take at least this", f->min_time))
+          ->type_name("SECONDS")
+          ->check(number_in([](double x) { return x >= 0 && x <= 3600; }, "0 to 3600")));
+  host_only.push_back(add_output(*command, f->output));
+  for (CLI::Option* option : host_only) option->group("Only with --device cpu or ref");
   auto on_cuda = std::make_shared<CudaAttention>();
   on_cuda->add_options(*command);
-  command->callback([f, on_cuda, &status] {
+  command->footer(
+      "Examples:\n"
+      "  snapmla bench attention --heads 8,16 --context 1024,8192\n"
+      "  snapmla bench attention --kv-cache fp8 -b 4 --seqlen-q 2 -t 1 -o json > report.json\n"
+      "  snapmla bench attention --device cuda --preset quick --json report.json");
+  command->callback([f, on_cuda, host_only, command, &status] {
+    const std::string device = engine::resolve_backend(f->device);
+    check_options(*command, host_only, f->device, device);
+    check_formats(f->kv_cache, device);
     // A GPU is timed in another way, in graphs and with all caches in turn, and has its own report.
-    status = f->device == "cuda"
-                 ? on_cuda->run(f->heads, f->seqlen_q, f->batch, f->context, f->kv_cache,
-                                describe_run()["command"].get<std::string>())
-                 : run(*f);
+    if (device == "cuda") {
+      status = on_cuda->run(f->heads, f->seqlen_q, f->batch, f->context, f->kv_cache,
+                            describe_run()["command"].get<std::string>());
+    } else {
+      f->device = device;
+      status = run(*f);
+    }
   });
 }
 

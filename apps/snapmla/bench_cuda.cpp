@@ -1,5 +1,7 @@
 #include "bench_cuda.h"
 
+#include "gpu/attention_options.h"
+
 #ifdef SNAPMLA_CUDA_BENCH
 #include "gpu/bench_cli.h"
 #else
@@ -9,15 +11,11 @@
 
 namespace snapmla::app::bench {
 
-#ifdef SNAPMLA_CUDA_BENCH
-
 struct CudaAttention::Impl {
   gpu::AttentionCliFlags flags;
 };
 
-void CudaAttention::add_options(CLI::App& command) {
-  gpu::add_attention_options(command, impl_->flags);
-}
+#ifdef SNAPMLA_CUDA_BENCH
 
 int CudaAttention::run(const std::vector<int>& heads, const std::vector<int>& seqlen_q,
                        const std::vector<int>& batch, const std::vector<int>& context,
@@ -31,13 +29,16 @@ int CudaAttention::run(const std::vector<int>& heads, const std::vector<int>& se
   return gpu::run_attention_cli(sweep, impl_->flags, command);
 }
 
-void register_accuracy(CLI::App& bench, int& status) { gpu::register_accuracy(bench, status); }
+void register_accuracy(CLI::App& bench, int& status) {
+  gpu::register_accuracy(bench, status);
+  bench.get_subcommand("accuracy")
+      ->footer(
+          "Examples:\n"
+          "  snapmla bench accuracy\n"
+          "  snapmla bench accuracy --heads 16 -c 1024,32768 --markdown accuracy.md");
+}
 
 #else
-
-struct CudaAttention::Impl {};
-
-void CudaAttention::add_options(CLI::App&) {}
 
 int CudaAttention::run(const std::vector<int>&, const std::vector<int>&, const std::vector<int>&,
                        const std::vector<int>&, const std::vector<std::string>&,
@@ -52,5 +53,9 @@ void register_accuracy(CLI::App&, int&) {}
 
 CudaAttention::CudaAttention() : impl_(std::make_unique<Impl>()) {}
 CudaAttention::~CudaAttention() = default;
+
+void CudaAttention::add_options(CLI::App& command) {
+  gpu::add_attention_options(command, impl_->flags, kGroup);
+}
 
 }  // namespace snapmla::app::bench

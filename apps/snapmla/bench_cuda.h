@@ -1,5 +1,5 @@
 // The CUDA side of snapmla bench: `attention --device cuda` and `accuracy`. In a build without CUDA
-// it adds no options, and running it is an error that says so.
+// there is no `accuracy`, and running `attention --device cuda` is an error that says so.
 #pragma once
 
 #include <CLI/CLI.hpp>
@@ -15,6 +15,8 @@ class CudaAttention {
   CudaAttention();
   ~CudaAttention();
 
+  // Heading of its options in --help, and what tells them from the others.
+  static constexpr const char* kGroup = "Only with --device cuda";
   void add_options(CLI::App& command);
   // Exit status. `command`: the command line, for the report.
   int run(const std::vector<int>& heads, const std::vector<int>& seqlen_q,

@@ -59,7 +59,8 @@ class HostDevice final : public AttentionDevice {
 
 std::unique_ptr<AttentionDevice> make_attention_device(const std::string& name, int threads) {
   if (name == "cpu" || name == "ref") return std::make_unique<HostDevice>(name, threads);
-  throw Error(ErrorCode::kUnsupported, "device: got '" + name + "', accepted here are cpu and ref");
+  throw Error(ErrorCode::kUnsupported,
+              "device: got '" + name + "', accepted are auto, cpu, cuda and ref");
 }
 
 }  // namespace snapmla::app::bench

@@ -20,20 +20,21 @@ struct AttentionCase {
   std::int64_t rows() const { return batch * seqlen_q * heads; }
   // Multiply-adds count two: 2 * (576 + 512) for every (row, visible token).
   double flops() const;
-  double cache_bytes() const;  // every token once: 644 or 1152 bytes
+  double cache_bytes() const;  // every token once: 644, 1152 or 2304 bytes
 };
 
 // Its data on the host: `copies` caches with the same content in pages of their own, used in turn
 // so that no run finds its keys in a processor cache, as in a model of many layers.
 struct AttentionData {
   std::int64_t num_pages = 0, copies = 1;
-  std::vector<std::uint8_t> pool;      // [num_pages] pages
-  std::vector<std::int32_t> tables;    // [copies, batch, pages of one request], shuffled
-  std::vector<std::int32_t> seqlens;   // [batch]
-  std::vector<std::uint8_t> q_latent;  // [batch, seqlen_q, heads, 512] e4m3 or bf16
-  std::vector<BFloat16> q_rope;        // [batch, seqlen_q, heads, 64]
-  std::vector<float> q_scale;          // [batch, seqlen_q, heads], FP8
-  std::int64_t max_pages = 0;          // of one request
+  std::vector<std::uint8_t> pool;     // [num_pages] pages
+  std::vector<std::int32_t> tables;   // [copies, batch, pages of one request], shuffled
+  std::vector<std::int32_t> seqlens;  // [batch]
+  std::vector<std::uint8_t>
+      q_latent;  // [batch, seqlen_q, heads, 512] e4m3, bf16 or f32, as the cache
+  std::vector<std::uint8_t> q_rope;  // [batch, seqlen_q, heads, 64] bf16, or f32 for an f32 cache
+  std::vector<float> q_scale;        // [batch, seqlen_q, heads], FP8
+  std::int64_t max_pages = 0;        // of one request
   float softmax_scale = 0;
 
   // Host arguments for one copy; out [batch, seqlen_q, heads, 512] f32, lse [batch, heads,

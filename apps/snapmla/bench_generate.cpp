@@ -161,32 +161,36 @@ int run(Flags f) {
 void register_generate(CLI::App& bench, int& status) {
   auto f = std::make_shared<Flags>();
   CLI::App* command = bench.add_subcommand(
-      "generate", "Prompt and generation tokens/s of a checkpoint. Lists make a sweep: -p 128,512");
-  command->add_option("-m,--model", f->model, "Checkpoint directory; default: the shipped model");
+      "generate",
+      "Prompt and generation tokens/s of a checkpoint.\nLists make a sweep: -p 128,512");
+  using bench_cli::with_default;
+  command->add_option("-m,--model", f->model, "Checkpoint directory (default: the shipped model)")
+      ->type_name("DIR");
   const auto list = [&](const char* name, auto& values, const char* help) {
-    command->add_option(name, values, help)
+    command->add_option(name, values, with_default(help, values))
+        ->type_name("N,...")
         ->delimiter(',')
-        ->check(integer_in(0, 1 << 24))
-        ->capture_default_str();
+        ->check(integer_in(0, 1 << 24));
   };
   list("-p,--n-prompt", f->prompt, "Prompt tokens; 0 = no such test");
   list("-n,--n-gen", f->generate, "Generated tokens; 0 = no such test");
   list("-d,--n-depth", f->depth, "Prompt tokens before the generated ones");
-  command->add_option("-r,--repetitions", f->repetitions, "Runs of every test")
-      ->check(integer_in(1, 100000))
-      ->capture_default_str();
-  command->add_option("--kv-cache", f->kv_cache, "Formats of the latent cache")
-      ->delimiter(',')
-      ->check(one_of({"fp8", "bf16", "f32"}))
-      ->capture_default_str();
-  command->add_option("--device", f->device, "auto, cpu, cuda, or ref (the slow specification)")
-      ->check(one_of({"auto", "cpu", "cuda", "ref"}))
-      ->capture_default_str();
-  command->add_option("-t,--threads", f->threads, "Threads; default: all that the process may use")
-      ->check(integer_in(0, 4096));
-  command->add_option("-o,--output", f->output, "table, json, csv or md")
-      ->check(one_of({"table", "json", "csv", "md"}))
-      ->capture_default_str();
+  command
+      ->add_option("-r,--repetitions", f->repetitions,
+                   with_default("Runs of every test", f->repetitions))
+      ->type_name("N")
+      ->check(integer_in(1, 100000));
+  add_kv_cache(*command, f->kv_cache);
+  add_device(*command, f->device);
+  add_threads(*command, f->threads);
+  add_output(*command, f->output);
+  command->footer(
+      "Examples:\n"
+      "  snapmla bench generate -p 512 -n 128\n"
+      "  snapmla bench generate -m DIR -p 0 -n 64 -d 0,2048 --kv-cache fp8,bf16 -o md\n"
+      "Test pp512 is a prompt of 512 tokens, tg128 the generation of 128 tokens, and tg128 @ "
+      "d2048\n"
+      "the same behind a prompt of 2048.");
   command->callback([f, &status] { status = run(*f); });
 }
 

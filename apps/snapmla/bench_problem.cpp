@@ -82,12 +82,22 @@ void fill_queries(const AttentionCase& c, AttentionData& data, ops::OpSet& ops) 
   Random random(5);
   random.fill(latent);
   random.fill(rope);
-  data.q_rope.resize(rope.size());
+  if (c.format == KvCacheFormat::kF32) {
+    const auto bytes = [](const std::vector<float>& x) {
+      const auto* from = reinterpret_cast<const std::uint8_t*>(x.data());
+      return std::vector<std::uint8_t>(from, from + x.size() * sizeof(float));
+    };
+    data.q_latent = bytes(latent);
+    data.q_rope = bytes(rope);
+    return;
+  }
+  data.q_rope.resize(rope.size() * 2);
   if (c.format == KvCacheFormat::kBf16) {
     data.q_latent.resize(latent.size() * 2);
     std::transform(latent.begin(), latent.end(), reinterpret_cast<BFloat16*>(data.q_latent.data()),
                    numeric::bf16_from_float);
-    std::transform(rope.begin(), rope.end(), data.q_rope.begin(), numeric::bf16_from_float);
+    std::transform(rope.begin(), rope.end(), reinterpret_cast<BFloat16*>(data.q_rope.data()),
+                   numeric::bf16_from_float);
     return;
   }
   data.q_latent.resize(latent.size());
@@ -176,11 +186,12 @@ MlaDecodeArgs AttentionData::args(const AttentionCase& c, std::int64_t copy, flo
                                   float* lse) {
   MlaDecodeArgs a;
   const bool fp8 = c.format == KvCacheFormat::kFp8;
+  const DType plain = c.format == KvCacheFormat::kF32 ? DType::kF32 : DType::kBF16;
   const auto shape = [&](const void* p, DType type, std::int64_t width) {
     return TensorView(p, type, {c.batch, c.seqlen_q, c.heads, width});
   };
-  a.q_latent = shape(q_latent.data(), fp8 ? DType::kE4M3 : DType::kBF16, kKvLoraRank);
-  a.q_rope = shape(q_rope.data(), DType::kBF16, kQkRopeHeadDim);
+  a.q_latent = shape(q_latent.data(), fp8 ? DType::kE4M3 : plain, kKvLoraRank);
+  a.q_rope = shape(q_rope.data(), plain, kQkRopeHeadDim);
   if (fp8) a.q_scale = TensorView::of(q_scale.data(), {c.batch, c.seqlen_q, c.heads});
   a.cache = KvCacheView::of_pool(pool.data(), num_pages, c.format);
   a.block_table = TensorView::of(tables.data() + copy * c.batch * max_pages, {c.batch, max_pages});

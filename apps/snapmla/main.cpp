@@ -45,8 +45,11 @@ int usage_error(const CLI::App& app, const CLI::ParseError& e) {
     message = "got '" + (flag != unknown.end() ? *flag : unknown.front()) + "', accepted are " +
               (chosen.empty() ? "the commands" : "the options") + " that --help lists";
   }
-  std::cerr << "snapmla: error: " << message << "\nTry 'snapmla "
-            << (chosen.empty() ? "" : chosen.front()->get_name() + " ") << "--help'.\n";
+  std::string help_of;  // the innermost command that was chosen
+  for (auto at = chosen; !at.empty(); at = at.front()->get_subcommands()) {
+    help_of += at.front()->get_name() + " ";
+  }
+  std::cerr << "snapmla: error: " << message << "\nTry 'snapmla " << help_of << "--help'.\n";
   return 2;
 }
 

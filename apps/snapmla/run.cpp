@@ -58,6 +58,7 @@ void register_run(CLI::App& app, int& status) {
       ->group("Prompt");
   add_sampling_flags(*run, flags->sampling);
   add_model_flags(*run, flags->model);
+  run->get_option("--compare")->excludes(run->get_option("--kv-cache"));  // it has two of its own
   run->footer(kExamples);
   run->callback([flags, &status] {
     if (flags->compare) {

@@ -24,39 +24,6 @@ KvCacheFormat parse_format(const std::string& text) {
 
 }  // namespace
 
-void add_attention_options(CLI::App& command, AttentionCliFlags& flags) {
-  command
-      .add_option(
-          "--preset", flags.preset,
-          "cuda: a list of shapes instead of a sweep: issue (all of the performance table), "
-          "big, ragged, small, quick")
-      ->check(CLI::IsMember({"issue", "big", "ragged", "small", "quick"}));
-  command.add_flag("--ragged", flags.ragged,
-                   "cuda: a ragged batch beside the contexts, log-uniform from 1k to 128k tokens");
-  command.add_option("--p-block", flags.p_block, "cuda: tokens per scale of P, FP8 cache")
-      ->check(CLI::IsMember({64, 128}))
-      ->capture_default_str();
-  command.add_flag("--deterministic", flags.deterministic,
-                   "cuda: split every request by its own length alone");
-  command.add_flag("--no-extras", flags.no_extras,
-                   "cuda: do not time quantize_q, append_kv and plan beside decode");
-  command
-      .add_option("--rounds", flags.rounds, "cuda: burst and sustained of every cache, so often")
-      ->check(CLI::Range(1, 1000))
-      ->capture_default_str();
-  command.add_option("--idle", flags.idle_s, "cuda: idle seconds before a burst")
-      ->check(CLI::Range(0.0, 60.0))
-      ->capture_default_str();
-  command.add_option("--load", flags.load_s, "cuda: seconds of load before a sustained timing")
-      ->check(CLI::Range(0.0, 600.0))
-      ->capture_default_str();
-  command.add_option("--sustained", flags.sustained_s, "cuda: seconds of a sustained timing")
-      ->check(CLI::Range(0.001, 600.0))
-      ->capture_default_str();
-  command.add_option("--json", flags.json, "cuda: write the report to this file");
-  command.add_option("--csv", flags.csv, "cuda: write the table to this file");
-}
-
 int run_attention_cli(const AttentionSweep& sweep, const AttentionCliFlags& flags,
                       const std::string& command) {
   require_gpu();
@@ -89,20 +56,27 @@ void register_accuracy(CLI::App& bench, int& status) {
   auto options = std::make_shared<AccuracyOptions>();
   CLI::App* command = bench.add_subcommand(
       "accuracy", "cuda: error of decode against fp64, by distribution and context");
-  command->add_option("-c,--context", options->contexts, "Tokens in the cache")
+  using bench_cli::with_default;
+  command
+      ->add_option("-c,--context", options->contexts,
+                   with_default("Tokens in the cache", options->contexts))
+      ->type_name("N,...")
       ->delimiter(',')
-      ->check(CLI::Range(1, 1 << 24))
-      ->capture_default_str();
-  command->add_option("--heads", options->heads, "Query heads")
-      ->check(CLI::Range(1, kMaxHeadsQ))
-      ->capture_default_str();
-  command->add_option("--seed", options->seed, "Seed of the data")->capture_default_str();
+      ->check(CLI::Range(1, 1 << 24).description(""));
+  command->add_option("--heads", options->heads, with_default("Query heads", options->heads))
+      ->type_name("N")
+      ->check(CLI::Range(1, kMaxHeadsQ).description(""));
+  command->add_option("--seed", options->seed, with_default("Seed of the data", options->seed))
+      ->type_name("N");
   command
       ->add_option("--bound", options->bound,
-                   "Largest accepted ratio of the kernel's error to the emulation's")
-      ->capture_default_str();
-  command->add_option("--json", options->json, "Write the report to this file");
-  command->add_option("--markdown", options->markdown, "Write the table to this file");
+                   with_default("Largest accepted ratio of the kernel's error to the\n"
+                                "emulation's",
+                                options->bound))
+      ->type_name("RATIO");
+  command->add_option("--json", options->json, "Write the report to this file")->type_name("FILE");
+  command->add_option("--markdown", options->markdown, "Write the table to this file")
+      ->type_name("FILE");
   command->callback([options, &status] {
     require_gpu();
     status = run_accuracy_bench(*options, std::cout) ? 0 : 1;

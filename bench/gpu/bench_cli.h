@@ -9,18 +9,9 @@
 
 #include "gpu/accuracy_bench.h"
 #include "gpu/attention_bench.h"
+#include "gpu/attention_options.h"
 
 namespace snapmla::gpu {
-
-// What only a GPU bench has.
-struct AttentionCliFlags {
-  std::string preset;
-  bool ragged = false, deterministic = false, no_extras = false;
-  int p_block = 128, rounds = 1;
-  double load_s = 0.5, sustained_s = 0.3, idle_s = 0.7;
-  std::string json, csv;
-};
-void add_attention_options(CLI::App& command, AttentionCliFlags& flags);
 
 // The lists that a CPU bench has too; empty lists where a preset was given.
 struct AttentionSweep {

@@ -89,7 +89,6 @@ class Problem {
   std::int64_t max_pages() const { return max_pages_; }
   float* scale_of(std::int64_t request, std::int64_t token) const;  // device pointer, FP8 only
   std::uint8_t* latent_code_of(std::int64_t request, std::int64_t token, int dim) const;
-  const BFloat16* raw_q_latent() const { return raw_q_latent_.data(); }
 
  private:
   void place_pages(std::uint64_t seed);

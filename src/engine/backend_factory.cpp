@@ -10,13 +10,18 @@
 
 namespace snapmla::engine {
 
-std::unique_ptr<ops::OpSet> make_backend(const std::string& name, int threads) {
+std::string resolve_backend(const std::string& name) {
   std::string chosen = name;
   if (chosen == "auto") {
     const char* forced = std::getenv("SNAPMLA_BACKEND");
     if (forced && *forced) chosen = forced;
   }
   if (chosen == "auto") chosen = *cuda::unavailable_reason() ? "cpu" : "cuda";
+  return chosen;
+}
+
+std::unique_ptr<ops::OpSet> make_backend(const std::string& name, int threads) {
+  const std::string chosen = resolve_backend(name);
   if (chosen == "cpu") return cpu::make_cpu_backend(threads);
   if (chosen == "ref") return ref::make_ref_backend();
   if (chosen == "cuda") return cuda::make_cuda_backend();

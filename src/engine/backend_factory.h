@@ -8,8 +8,11 @@
 
 namespace snapmla::engine {
 
-// name: auto | cpu | ref | cuda. "auto" takes SNAPMLA_BACKEND if it is set, else cuda if
-// a GPU can run it, else cpu. Throws
+// What "auto" stands for: SNAPMLA_BACKEND if it is set, else cuda if a GPU can run it, else cpu.
+// Other names are returned as they are.
+std::string resolve_backend(const std::string& name);
+
+// name: auto | cpu | ref | cuda. Throws
 // kUnsupported for a backend that this build or this machine cannot run, with the reason, and
 // kInvalidArgument for an unknown name.
 std::unique_ptr<ops::OpSet> make_backend(const std::string& name, int threads);

@@ -137,6 +137,69 @@ TEST(BenchGenerate, JsonHasEveryTestWithItsSamples) {
                           "bf16 tg4 @ d8"}));
 }
 
+TEST(BenchAttention, AutoIsADeviceAndF32ACache) {
+  const e2e::Result r =
+      e2e::snapmla({"bench", "attention", "--device", "auto", "--kv-cache", "f32", "--heads", "2",
+                    "--context", "70", "--min-time", "0", "-r", "1", "-t", "1", "-o", "json"},
+                   {.extra_env = {"SNAPMLA_BACKEND=cpu"}});
+  ASSERT_EQ(r.status, 0) << r.err;
+  const Json rows = Json::parse(r.out)["results"];
+  ASSERT_EQ(rows.size(), 1u);
+  EXPECT_EQ(rows[0]["device"], "cpu");
+  EXPECT_EQ(rows[0]["kv_cache"], "f32");
+  EXPECT_LT(rows[0]["error"], 1e-5);
+  const double bytes = 70.0 * (512 + 64) * 4, ms = rows[0]["ms"];
+  EXPECT_NEAR(rows[0]["GB/s"].get<double>(), bytes / ms / 1e6, 1e-6 * bytes / ms / 1e6);
+}
+
+TEST(BenchAttention, OptionsOfTheOtherDeviceAreRefused) {
+  const std::string file = e2e::fresh_directory() + "/x.json";
+  const std::vector<Words> gpu = {{"--preset", "quick"}, {"--ragged"},    {"--p-block", "64"},
+                                  {"--deterministic"},   {"--no-extras"}, {"--rounds", "2"},
+                                  {"--idle", "0"},       {"--load", "0"}, {"--sustained", "1"},
+                                  {"--json", file},      {"--csv", file}};
+  const std::vector<Words> host = {
+      {"--threads", "1"}, {"--repetitions", "1"}, {"--min-time", "0"}, {"--output", "json"}};
+  const auto refused = [](const Words& option, const std::string& device, const std::string& says) {
+    Words words = {"bench", "attention", "--device", device};
+    words.insert(words.end(), option.begin(), option.end());
+    const e2e::Result r = e2e::snapmla(words, {.extra_env = {"SNAPMLA_BACKEND=cpu"}});
+    EXPECT_EQ(r.status, 2) << option[0] << ": " << r.err;
+    EXPECT_EQ(r.out, "");
+    EXPECT_EQ(r.err, "snapmla: error: " + option[0] + ": " + says +
+                         "\nTry 'snapmla bench attention --help'.\n");
+  };
+  for (const Words& option : gpu) {
+    refused(option, "cpu", "got --device cpu, accepted only with --device cuda");
+    refused(option, "auto", "got --device auto (here cpu), accepted only with --device cuda");
+  }
+  for (const Words& option : host) {
+    refused(option, "cuda", "got --device cuda, accepted only with --device cpu or ref");
+  }
+}
+
+TEST(BenchHelp, HasTypesDefaultsAndExamplesOfItsOwn) {
+  const std::vector<std::pair<Words, Words>> pages = {
+      {{"bench", "--help"}, {"snapmla bench attention --heads"}},
+      {{"bench", "attention", "--help"},
+       {"--heads N,...", "(default: 8,16)", "(default: 1024,8192,32768)", "(default: fp8,bf16)",
+        "--device NAME", "(default: cpu)", "(default: 0.5)", "(default: table)",
+        "Only with --device cuda", "--preset NAME", "--json FILE", "(default: 128)",
+        "  snapmla bench attention --heads 8,16"}},
+      {{"bench", "generate", "--help"},
+       {"--model DIR", "(default: 512)", "(default: fp8)", "(default: auto)", "(default: 5)",
+        "  snapmla bench generate -p 512"}}};
+  for (const auto& [args, words] : pages) {
+    const e2e::Result r = e2e::snapmla(args);
+    EXPECT_EQ(r.status, 0);
+    for (const std::string& word : words) EXPECT_THAT(r.out, HasSubstr(word));
+    for (const char* word : {"snapmla run", " INT", " TEXT", " FLOAT", ":{", " in ["}) {
+      EXPECT_THAT(r.out, ::testing::Not(HasSubstr(word))) << args[1];
+    }
+    for (const std::string& line : e2e::lines(r.out)) EXPECT_LE(line.size(), 96u) << line;
+  }
+}
+
 struct Mistake {
   Words words;
   int status;
@@ -153,7 +216,16 @@ TEST(Bench, WrongArgumentsGiveOneError) {
       {{"bench", "attention", "--kv-cache", "fp8,int4"}, 2, "int4"},
       {{"bench", "attention", "-o", "xml"}, 2, "xml"},
       {{"bench", "attention", "--min-time", "-1"}, 2, "0 to 3600"},
-      {{"bench", "attention", "--device", "tpu"}, 1, "tpu"},
+      {{"bench", "attention", "--device", "tpu"},
+       2,
+       "got 'tpu', accepted are auto, cpu, cuda, ref"},
+      {{"bench", "generate", "--device", "tpu"}, 2, "got 'tpu', accepted are auto, cpu, cuda, ref"},
+      {{"bench", "generate", "--kv-cache", "int4"}, 2, "accepted are fp8, bf16, f32"},
+      {{"bench", "attention", "--kv-cache", "int4"}, 2, "accepted are fp8, bf16, f32"},
+      {{"bench", "attention", "--kv-cache", "f32", "--device", "cuda"},
+       2,
+       "--kv-cache: got 'f32', accepted with --device cuda are fp8, bf16"},
+      {{"bench", "attention", "--preset", "quick", "--heads", "8"}, 2, "excludes"},
       {{"bench", "attention", "--seqlen-q", "4", "--context", "3"}, 1, "at least seqlen-q"},
       {{"bench", "attention", "-b", "65536", "--context", "16000000"}, 1, "MiB are available"},
       {{"bench", "generate", "-p", "-1"}, 2, "-1"},
@@ -167,6 +239,9 @@ TEST(Bench, WrongArgumentsGiveOneError) {
     EXPECT_EQ(r.status, m.status) << m.words.back() << ": " << r.err;
     EXPECT_THAT(r.err, HasSubstr(m.says)) << m.words.back();
     EXPECT_EQ(r.out, "") << m.words.back();
+    if (m.status == 2 && m.words.size() > 1) {
+      EXPECT_THAT(r.err, HasSubstr("Try 'snapmla bench " + m.words[1] + " --help'"));
+    }
   }
 }
 

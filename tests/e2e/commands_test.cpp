@@ -154,6 +154,7 @@ TEST(Usage, MistakesAreTwoLinesAndStatus2) {
       {{"run", "--device", "tpu"}, "--device: got 'tpu', accepted are auto, cpu, cuda, ref"},
       {{"run", "--system", "x"}, "--system requires --chat"},
       {{"run", "--chat", "--compare"}, "--chat excludes --compare"},
+      {{"run", "-p", "x", "--compare", "--kv-cache", "f32"}, "--compare excludes --kv-cache"},
       {{"logits", "-o", "x"}, "--tokens IDS or --prompt TEXT is required"},
       {{"logits", "--tokens", "0"}, "--output is required"},
       {{"logits", "--tokens", "0", "-o", "x", "--decode", "17"}, "--decode: got '17'"},
