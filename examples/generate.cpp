@@ -15,7 +15,7 @@ int main(int argc, char** argv) {
       std::cout << text << std::flush;
       return true;  // false would cancel
     };
-    const auto out = engine.generate(engine.encode("def add(a, b):"), sampling, show);
+    const auto out = engine.generate(engine.encode("import numpy as"), sampling, show);
     std::cout << "\n" << out.tokens.size() << " tokens, " << out.cache_bytes << " cache bytes\n";
   } catch (const snapmla::Error& e) {
     std::cerr << e.what() << '\n';

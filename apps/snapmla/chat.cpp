@@ -42,7 +42,7 @@ class Conversation {
           engine_->generate(prompt, sampling_params(flags_.sampling, *engine_, kMaxTokens),
                             [](const std::string& text) {
                               std::cout << text << std::flush;
-                              return !Interrupt::requested();
+                              return std::cout.good() && !Interrupt::requested();
                             });
       std::cout << std::endl;
       print_summary(out, *engine_);

@@ -15,6 +15,9 @@ namespace snapmla::app {
 // Exit status after Ctrl-C, as shells have it: 128 + SIGINT.
 inline constexpr int kInterrupted = 130;
 
+// More than any machine has; keeps a slip of the finger from starting a million threads.
+inline constexpr int kMaxThreads = 4096;
+
 // Flags that several commands share.
 struct ModelFlags {
   std::string model;  // empty: the shipped model
@@ -51,6 +54,9 @@ struct RunFlags {
   std::string system;
   bool chat = false, compare = false;
 };
+
+// All bytes of a file, which may be a pipe. Throws kNotFound or kIo, with the file's name.
+std::string read_file(const std::string& path);
 
 // -p, -f or standard input. Throws kInvalidArgument when there is none of them.
 std::string read_prompt(const RunFlags& flags);

@@ -1,12 +1,14 @@
 #include <unistd.h>
 
+#include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
-#include <fstream>
 #include <iostream>
 #include <iterator>
+#include <memory>
 
 #include "commands.h"
 #include "progress.h"
@@ -88,7 +90,7 @@ void add_model_flags(CLI::App& app, ModelFlags& flags) {
       ->group("Model");
   app.add_option("-t,--threads", flags.threads, "CPU threads (default: all there are)")
       ->type_name("N")
-      ->check(integer_in(1))
+      ->check(integer_in(1, kMaxThreads))
       ->group("Model");
 }
 
@@ -122,7 +124,12 @@ void add_sampling_flags(CLI::App& app, SamplingFlags& flags) {
   add("-s,--seed", flags.seed, "N", "The same seed gives the same text (default: 0)")
       ->check(integer_in(0, std::int64_t{1} << 53));
   add("-r,--stop", flags.stop, "TEXT", "End before this text; may be given several times")
-      ->allow_extra_args(false);
+      ->allow_extra_args(false)
+      ->check(CLI::Validator(
+          [](std::string& got) {
+            return got.empty() ? "got '', accepted is a text of at least 1 byte" : std::string();
+          },
+          ""));
   app.add_flag("--ignore-eos", flags.ignore_eos, "Go on past the end token")->group("Sampling");
 }
 
@@ -140,14 +147,26 @@ SamplingParams sampling_params(const SamplingFlags& flags, const Engine& engine,
   return params;
 }
 
+std::string read_file(const std::string& path) {
+  const auto refuse = [&path](int code) {
+    throw Error(code == ENOENT ? ErrorCode::kNotFound : ErrorCode::kIo,
+                path + ": cannot be read: " + std::strerror(code));
+  };
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "rb"),
+                                                             &std::fclose);
+  if (!file) refuse(errno);
+  std::string text;
+  char block[1 << 16];
+  while (const std::size_t n = std::fread(block, 1, sizeof block, file.get())) {
+    text.append(block, n);
+  }
+  if (std::ferror(file.get())) refuse(errno);
+  return text;
+}
+
 std::string read_prompt(const RunFlags& flags) {
   if (flags.prompt) return *flags.prompt;
-  if (!flags.file.empty()) {
-    std::ifstream in(flags.file, std::ios::binary);
-    const std::string text{std::istreambuf_iterator<char>(in), {}};
-    if (!in) throw Error(ErrorCode::kNotFound, flags.file + ": cannot be read");
-    return text;
-  }
+  if (!flags.file.empty()) return read_file(flags.file);
   if (isatty(STDIN_FILENO)) {
     throw Error(ErrorCode::kInvalidArgument,
                 "prompt: got nothing, accepted are -p TEXT, -f FILE, text on standard input, or "

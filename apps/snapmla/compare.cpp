@@ -108,7 +108,7 @@ RequestOutput write_text(Engine& engine, const std::vector<std::int32_t>& ids,
                          const SamplingParams& params) {
   return engine.generate(ids, params, [](const std::string& text) {
     std::cout << text << std::flush;
-    return !Interrupt::requested();
+    return std::cout.good() && !Interrupt::requested();
   });
 }
 

@@ -4,9 +4,9 @@
 #include <charconv>
 #include <cstdint>
 #include <fstream>
-#include <iterator>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <string_view>
 
 #include "commands.h"
 
@@ -20,31 +20,41 @@ struct LogitsFlags {
   int decode = 0;  // seqlen_q; 0 = the prompt path for all tokens
 };
 
+constexpr const char* kBlanks = " \t\r\n";
+
 // "0,5,7", or "@FILE" with ids between commas, blanks and line ends.
 std::vector<std::int32_t> parse_tokens(std::string text) {
   std::string where = "--tokens";
   if (!text.empty() && text[0] == '@') {
     where = text.substr(1);
-    std::ifstream in(where, std::ios::binary);
-    text.assign(std::istreambuf_iterator<char>(in), {});
-    if (!in) throw Error(ErrorCode::kNotFound, where + ": cannot be read");
+    text = read_file(where);
   }
   std::vector<std::int32_t> ids;
-  const char* separators = ", \t\r\n";
-  for (std::size_t at = text.find_first_not_of(separators); at != std::string::npos;) {
-    const std::size_t end = std::min(text.find_first_of(separators, at), text.size());
-    std::int32_t id = 0;
-    const auto [stop, code] = std::from_chars(text.data() + at, text.data() + end, id);
-    if (code != std::errc() || stop != text.data() + end) {
-      throw Error(ErrorCode::kInvalidArgument,
-                  where + ": token " + std::to_string(ids.size()) + ": got '" +
-                      text.substr(at, std::min<std::size_t>(end - at, 40)) +
-                      "', accepted are token ids separated by commas or blanks");
-    }
-    ids.push_back(id);
-    at = text.find_first_not_of(separators, end);
+  const auto refuse = [&](std::string_view got) {
+    throw Error(ErrorCode::kInvalidArgument,
+                where + ": token " + std::to_string(ids.size()) + ": got '" +
+                    std::string(got.substr(0, 40)) +
+                    "', accepted are token ids separated by commas or blanks");
+  };
+  if (text.find_first_not_of(kBlanks) == std::string::npos) {
+    throw Error(ErrorCode::kInvalidArgument, where + ": got no token ids");
   }
-  if (ids.empty()) throw Error(ErrorCode::kInvalidArgument, where + ": got no token ids");
+  const std::string_view all = text;
+  for (std::size_t begin = 0; begin <= all.size();) {  // the fields between commas
+    const std::size_t end = std::min(all.find(',', begin), all.size());
+    const std::string_view field = all.substr(begin, end - begin);
+    std::size_t at = field.find_first_not_of(kBlanks);
+    if (at == std::string_view::npos) refuse("");
+    while (at != std::string_view::npos) {
+      const std::size_t stop = std::min(field.find_first_of(kBlanks, at), field.size());
+      std::int32_t id = 0;
+      const auto [read, code] = std::from_chars(field.data() + at, field.data() + stop, id);
+      if (code != std::errc() || read != field.data() + stop) refuse(field.substr(at, stop - at));
+      ids.push_back(id);
+      at = field.find_first_not_of(kBlanks, stop);
+    }
+    begin = end + 1;
+  }
   return ids;
 }
 
@@ -85,8 +95,14 @@ void register_logits(CLI::App& app, int& status) {
   logits
       ->add_option("-o,--output", flags->output,
                    "safetensors file to write: \"logits\" [tokens, vocab] f32\n"
-                   "and \"tokens\" [tokens] i32")
+                   "and \"tokens\" [tokens] i32 ('-' is refused)")
       ->type_name("FILE")
+      ->check(CLI::Validator(
+          [](std::string& got) {
+            return got == "-" ? "got '-', accepted is a file's name (./- for one called so)"
+                              : std::string();
+          },
+          ""))
       ->required();
   logits
       ->add_option("--decode", flags->decode,

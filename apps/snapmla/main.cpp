@@ -1,5 +1,6 @@
 // snapmla: the command line. Errors are one line on stderr; exit 1 for errors, 2 for wrong usage.
 #include <algorithm>
+#include <cstdio>
 #include <exception>
 #include <iostream>
 #include <memory>
@@ -17,9 +18,9 @@ constexpr const char* kAbout =
 
 constexpr const char* kExamples =
     "Examples:\n"
-    "  snapmla run -p \"def add(a, b):\" -n 40\n"
+    "  snapmla run -p \"import numpy as\" -n 40\n"
     "  snapmla run --chat\n"
-    "  snapmla run -p \"class Stack:\" --compare\n"
+    "  snapmla run -p \"import numpy as\" --temp 1 --compare\n"
     "  snapmla inspect DIR\n"
     "'snapmla COMMAND --help' describes a command. Exit status: 0 success, 1 error, 2 wrong "
     "usage,\n"
@@ -53,9 +54,7 @@ int usage_error(const CLI::App& app, const CLI::ParseError& e) {
   return 2;
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run(int argc, char** argv) {
   CLI::App app(kAbout, "snapmla");
   app.formatter(std::make_shared<Formatter>());
   app.footer(kExamples);
@@ -83,5 +82,21 @@ int main(int argc, char** argv) {
   } catch (const std::exception& e) {
     std::cerr << "snapmla: error: " << e.what() << '\n';
   }
+  return 1;
+}
+
+// What was buffered may fail only here, on a full disk for example.
+bool written() {
+  std::cout.flush();
+  return std::fflush(stdout) == 0 && std::ferror(stdout) == 0 && std::cout.good();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int status = run(argc, argv);
+  const bool reported = status != 0 && status != snapmla::app::kInterrupted;
+  if (written() || reported) return status;
+  std::cerr << "snapmla: error: standard output: cannot be written\n";
   return 1;
 }

@@ -10,7 +10,7 @@ namespace {
 
 constexpr const char* kExamples =
     "Examples:\n"
-    "  snapmla run -p \"def add(a, b):\" -n 40\n"
+    "  snapmla run -p \"import numpy as\" -n 40\n"
     "  snapmla run -m DeepSeek-V2-Lite -p \"Once\" --temp 0.7 --top-p 0.95 -s 1\n"
     "  snapmla run --compare < prompt.txt\n"
     "  snapmla run --chat --system \"Answer briefly.\"\n"
@@ -25,7 +25,7 @@ int run_one(const RunFlags& flags) {
   const RequestOutput out = engine.generate(ids, sampling_params(flags.sampling, engine, 128),
                                             [](const std::string& text) {
                                               std::cout << text << std::flush;
-                                              return !Interrupt::requested();
+                                              return std::cout.good() && !Interrupt::requested();
                                             });
   std::cout << std::endl;
   print_summary(out, engine);

@@ -10,6 +10,8 @@
 #include <thread>
 #include <vector>
 
+#include "base/check.h"
+
 namespace snapmla {
 namespace {
 
@@ -48,6 +50,15 @@ struct ThreadPool::Impl {
     inside_loop = false;
   }
 
+  void stop() {
+    {
+      const std::lock_guard lock(mutex);
+      quit = true;
+    }
+    start.notify_all();
+    for (std::thread& worker : workers) worker.join();
+  }
+
   void worker_loop() {
     std::uint64_t seen = 0;
     std::unique_lock lock(mutex);
@@ -65,19 +76,19 @@ struct ThreadPool::Impl {
 
 ThreadPool::ThreadPool(int threads) : impl_(std::make_unique<Impl>()) {
   const int total = threads > 0 ? threads : available_threads();
-  for (int i = 1; i < total; ++i) {
-    impl_->workers.emplace_back([impl = impl_.get()] { impl->worker_loop(); });
+  try {
+    for (int i = 1; i < total; ++i) {
+      impl_->workers.emplace_back([impl = impl_.get()] { impl->worker_loop(); });
+    }
+  } catch (const std::exception& e) {  // std::system_error or std::bad_alloc
+    const int started = num_threads();
+    impl_->stop();  // a thread that is destroyed while it runs ends the process
+    throw Error(ErrorCode::kOutOfMemory, str("threads: got ", total, ", accepted are at most the ",
+                                             started, " that the system starts (", e.what(), ")"));
   }
 }
 
-ThreadPool::~ThreadPool() {
-  {
-    const std::lock_guard lock(impl_->mutex);
-    impl_->quit = true;
-  }
-  impl_->start.notify_all();
-  for (std::thread& worker : impl_->workers) worker.join();
-}
+ThreadPool::~ThreadPool() { impl_->stop(); }
 
 int ThreadPool::num_threads() const { return static_cast<int>(impl_->workers.size()) + 1; }
 

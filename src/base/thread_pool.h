@@ -9,7 +9,8 @@ namespace snapmla {
 
 class ThreadPool {
  public:
-  // `threads` <= 0: as many as the process may use (its affinity mask).
+  // `threads` <= 0: as many as the process may use (its affinity mask). Throws kOutOfMemory when
+  // the system starts fewer than that.
   explicit ThreadPool(int threads = 0);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;

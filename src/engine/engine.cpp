@@ -115,10 +115,27 @@ Engine::Impl::Impl(EngineOptions given)
         "prefill_chunk: got " + std::to_string(options.prefill_chunk) + ", accepted is at least 1");
   }
   const std::int64_t pool = options.kv_cache_tokens > 0 ? options.kv_cache_tokens : max_len;
-  cache = std::make_unique<PagedCache>(options.kv_cache, config.num_hidden_layers, pages_for(pool),
-                                       ops->memory());
-  forward = std::make_unique<model::Forward>(config, weights, *ops, *cache, max_len,
-                                             options.scale_mode, options.numerics);
+  const auto does_not_fit = [&](const char* why) {
+    const std::int64_t page = page_layout(options.kv_cache).page_bytes * config.num_hidden_layers;
+    std::int64_t bytes = 0;
+    const bool known = !__builtin_mul_overflow(pages_for(pool), page, &bytes);
+    throw Error(ErrorCode::kOutOfMemory,
+                str("got a cache pool of ", pool, " tokens, ",
+                    known ? str(bytes, " bytes") : "more than 64 bits of bytes",
+                    ", and positions up to ", max_len, ", which do not fit into memory (", why,
+                    "); accepted is what fits: set a smaller --max-model-len (max_model_len)"));
+  };
+  try {
+    cache = std::make_unique<PagedCache>(options.kv_cache, config.num_hidden_layers,
+                                         pages_for(pool), ops->memory());
+    forward = std::make_unique<model::Forward>(config, weights, *ops, *cache, max_len,
+                                               options.scale_mode, options.numerics);
+  } catch (const std::bad_alloc&) {
+    does_not_fit("out of memory");
+  } catch (const Error& e) {
+    if (e.code() != ErrorCode::kOutOfMemory) throw;
+    does_not_fit(e.what());
+  }
 }
 
 void Engine::Impl::check_prompt(const std::vector<std::int32_t>& prompt) const {

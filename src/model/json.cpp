@@ -1,6 +1,8 @@
 #include "model/json.h"
 
+#include <cerrno>
 #include <cmath>
+#include <cstring>
 #include <fstream>
 #include <set>
 #include <vector>
@@ -11,6 +13,13 @@ namespace snapmla::model {
 namespace {
 
 using nlohmann::json;
+
+// The library's message without its own name for the error, "[json.exception.parse_error.101] ".
+std::string reason(const nlohmann::detail::exception& e) {
+  const std::string_view what = e.what();
+  const std::size_t end = what.starts_with("[json.exception.") ? what.find("] ") : what.npos;
+  return std::string(end == what.npos ? what : what.substr(end + 2));
+}
 
 // Sees the events before any value is built, so hostile nesting costs no memory and no stack.
 class Guard : public json::json_sax_t {
@@ -37,7 +46,7 @@ class Guard : public json::json_sax_t {
   bool parse_error(std::size_t position, const std::string&,
                    const nlohmann::detail::exception& e) override {
     throw Error(ErrorCode::kInvalidFile,
-                str(file_, ": not valid JSON at byte ", position, ": ", e.what()));
+                str(file_, ": not valid JSON at byte ", position, ": ", reason(e)));
   }
 
  private:
@@ -79,14 +88,24 @@ json parse_json(std::string_view text, const std::string& file) {
   try {
     return json::parse(text);
   } catch (const json::exception& e) {
-    throw Error(ErrorCode::kInvalidFile, str(file, ": not valid JSON: ", e.what()));
+    throw Error(ErrorCode::kInvalidFile, str(file, ": not valid JSON: ", reason(e)));
   }
 }
 
 std::string read_text(const std::filesystem::path& path, std::int64_t max_bytes) {
+  using std::filesystem::file_type;
   std::error_code code;
-  if (!std::filesystem::is_regular_file(path, code)) {
+  const file_type type = std::filesystem::status(path, code).type();
+  if (type == file_type::not_found) {
     throw Error(ErrorCode::kNotFound, path.string() + ": no such file");
+  }
+  if (code) throw Error(ErrorCode::kIo, path.string() + ": " + code.message());
+  if (type != file_type::regular) {  // opening a FIFO would wait for a writer
+    throw Error(ErrorCode::kInvalidFile,
+                str(path.string(), ": got ",
+                    type == file_type::directory ? "a directory"
+                                                 : "something that is neither file nor directory",
+                    ", accepted is a regular file"));
   }
   const auto size = std::filesystem::file_size(path, code);
   if (code) throw Error(ErrorCode::kIo, path.string() + ": " + code.message());
@@ -95,7 +114,9 @@ std::string read_text(const std::filesystem::path& path, std::int64_t max_bytes)
                 str(path.string(), ": got ", size, " bytes, accepted are at most ", max_bytes));
   }
   std::string text(size, '\0');
+  errno = 0;
   std::ifstream in(path, std::ios::binary);
+  if (!in) throw Error(ErrorCode::kIo, str(path.string(), ": ", std::strerror(errno)));
   if (!in.read(text.data(), static_cast<std::streamsize>(size))) {
     throw Error(ErrorCode::kIo, path.string() + ": cannot be read");
   }

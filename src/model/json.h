@@ -19,7 +19,8 @@ inline constexpr std::size_t kMaxJsonValues = 4'000'000;
 // Throws kInvalidFile: not JSON, nested deeper than 64, a key twice in one object.
 nlohmann::json parse_json(std::string_view text, const std::string& file);
 
-// Whole file as text. Throws kNotFound or kIo, kInvalidFile when larger than max_bytes.
+// Whole file as text. Throws kNotFound or kIo, kInvalidFile when it is no regular file or larger
+// than max_bytes.
 std::string read_text(const std::filesystem::path& path, std::int64_t max_bytes);
 
 // An object with the file's name for messages.

@@ -2,7 +2,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <csignal>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 
 #include "e2e/process.h"
@@ -93,6 +95,22 @@ TEST_F(Logits, AFileThatCannotBeWrittenIsAnError) {
   EXPECT_THAT(r.err, HasSubstr("/no/such/dir: cannot be written"));
 }
 
+TEST_F(Logits, AFieldWithoutAnIdIsAnError) {
+  for (const char* ids : {"1,,2", ",1", "1,", "1, ,2", "1,\n,2", ","}) {
+    const Result r = snapmla({"logits", "--tokens", ids, "-o", path_, "-m", shipped_model()});
+    EXPECT_EQ(r.status, 1) << ids;
+    EXPECT_EQ(lines(r.err).size(), 1u) << r.err;
+    EXPECT_THAT(r.err, ContainsRegex("--tokens: token [01]: got '', accepted are token ids"));
+    EXPECT_FALSE(std::filesystem::exists(path_)) << ids;
+  }
+}
+
+TEST_F(Logits, TokensInADirectoryAreAnErrorThatNamesIt) {
+  const Result r = snapmla({"logits", "--tokens", "@" + dir_, "-o", path_, "-m", shipped_model()});
+  EXPECT_EQ(r.status, 1);
+  EXPECT_EQ(r.err, "snapmla: error: " + dir_ + ": cannot be read: Is a directory\n");
+}
+
 TEST(Inspect, ShippedModel) {
   const Result r = snapmla({"inspect", "-m", shipped_model(), "--memory", "1,80"});
   EXPECT_EQ(r.status, 0);
@@ -149,9 +167,12 @@ TEST(Usage, MistakesAreTwoLinesAndStatus2) {
       {{"run", "-n", "99999999999"}, "--max-tokens: got '99999999999'"},
       {{"run", "-s", "-3"}, "--seed: got '-3'"},
       {{"run", "-t", "0"}, "--threads: got '0'"},
+      {{"run", "-t", "4097"}, "--threads: got '4097', accepted is an integer from 1 to 4096"},
       {{"run", "-c", "-5"}, "--max-model-len: got '-5'"},
       {{"run", "--kv-cache", "int4"}, "--kv-cache: got 'int4', accepted are fp8, bf16, f32"},
       {{"run", "--device", "tpu"}, "--device: got 'tpu', accepted are auto, cpu, cuda, ref"},
+      {{"run", "-p", "x", "--stop", ""}, "--stop: got '', accepted is a text of at least 1 byte"},
+      {{"logits", "--tokens", "0", "-o", "-"}, "--output: got '-', accepted is a file's name"},
       {{"run", "--system", "x"}, "--system requires --chat"},
       {{"run", "--chat", "--compare"}, "--chat excludes --compare"},
       {{"run", "-p", "x", "--compare", "--kv-cache", "f32"}, "--compare excludes --kv-cache"},
@@ -168,6 +189,70 @@ TEST(Usage, MistakesAreTwoLinesAndStatus2) {
     EXPECT_THAT(r.err, testing::StartsWith("snapmla: error: " + message));
     EXPECT_THAT(r.err, HasSubstr("--help'.\n"));
   }
+}
+
+// Threads that the system does not start are an error, not the end of the process.
+TEST(Usage, MoreThreadsThanTheSystemStartsIsOneErrorLine) {
+  if (sanitized()) GTEST_SKIP() << "the sanitizer needs the address space that is limited here";
+  const Result r = snapmla({"run", "-p", "x", "-n", "1", "-t", "4096", "-m", shipped_model()},
+                           {.address_space = std::int64_t{1} << 30});
+  EXPECT_EQ(r.status, 1);
+  EXPECT_EQ(r.out, "");
+  EXPECT_THAT(r.err, testing::MatchesRegex("snapmla: error: threads: got 4096, accepted are at "
+                                           "most the [0-9]+ that the system starts[^\n]*\n"));
+}
+
+// A full disk: what was not written is no success, for printf, for streams and for CLI11's help.
+TEST(Output, ThatCannotBeWrittenIsAnError) {
+  if (!std::filesystem::exists("/dev/full")) GTEST_SKIP() << "this machine has no /dev/full";
+  const std::vector<std::vector<std::string>> commands = {
+      {"inspect", "-m", shipped_model()},
+      {"run", "-p", "import numpy as", "-n", "4", "-m", shipped_model()},
+      {"run", "-p", "import numpy as", "-n", "4", "--compare", "-m", shipped_model()},
+      {"run", "-p", "hello", "-n", "4", "--chat", "-m", shipped_model()},
+      {"bench", "attention", "--heads", "8", "-b", "1", "-c", "64", "-r", "1", "-o", "json"},
+      {"--help"},
+      {"inspect", "--help"},
+      {"--version"},
+      {}};
+  for (const std::vector<std::string>& args : commands) {
+    const std::string name = testing::PrintToString(args);
+    const Result r = snapmla(args, {.output_to = "/dev/full"});
+    EXPECT_EQ(r.status, 1) << name << r.err;
+    EXPECT_THAT(r.err, testing::EndsWith("snapmla: error: standard output: cannot be written\n"))
+        << name;
+    // The same without the fault, which is then the reason.
+    if (args.size() > 2) EXPECT_EQ(snapmla(args).status, 0) << name;
+  }
+}
+
+// An error that was reported already stays the only one.
+TEST(Output, ThatCannotBeWrittenKeepsAnEarlierError) {
+  if (!std::filesystem::exists("/dev/full")) GTEST_SKIP() << "this machine has no /dev/full";
+  EXPECT_EQ(snapmla({"run", "--bogus"}, {.output_to = "/dev/full"}).status, 2);
+  const Result r = snapmla({"inspect", "-m", "/no/such/model"}, {.output_to = "/dev/full"});
+  EXPECT_EQ(r.status, 1);
+  EXPECT_EQ(lines(r.err).size(), 1u) << r.err;
+}
+
+// No reader ever comes back to a full disk, so there is nothing to write the rest for.
+TEST(Output, ThatCannotBeWrittenEndsTheText) {
+  if (!std::filesystem::exists("/dev/full")) GTEST_SKIP() << "this machine has no /dev/full";
+  const Result r =
+      snapmla({"run", "-p", "import os", "-n", "15000", "--ignore-eos", "-m", shipped_model()},
+              {.output_to = "/dev/full"});
+  EXPECT_EQ(r.status, 1);
+  EXPECT_THAT(r.err, ContainsRegex("generated [0-9]{1,2} tokens"));
+}
+
+// `snapmla ... | head -1` ends as other programs do.
+TEST(Output, AClosedPipeIsSigpipe) {
+  const Result r =
+      run_program("/bin/bash", {"-c",
+                                "\"$0\" run -p 'import os' -n 15000 -m \"$1\" | head -c 1; "
+                                "exit ${PIPESTATUS[0]}",
+                                SNAPMLA_BINARY, shipped_model()});
+  EXPECT_EQ(r.status, 128 + SIGPIPE) << r.err;
 }
 
 }  // namespace

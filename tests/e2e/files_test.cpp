@@ -2,6 +2,7 @@
 // exit status 1, and no allocation that the files do not justify (the address space is limited).
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
 #include <cstdint>
 #include <cstring>
@@ -230,6 +231,27 @@ std::vector<Fault> config_faults() {
        "o1",
        [](const fs::path& d) { fs::remove(d / "config.json"); },
        {"config.json: no such file"}},
+      {"F5Directory",
+       "o1",
+       [](const fs::path& d) {
+         fs::remove(d / "config.json");
+         fs::create_directory(d / "config.json");
+       },
+       {"config.json: got a directory, accepted is a regular file"}},
+      {"F5Fifo",
+       "o1",
+       [](const fs::path& d) {
+         fs::remove(d / "config.json");
+         mkfifo((d / "config.json").c_str(), 0600);
+       },
+       {"config.json: got something that is neither file nor directory, accepted is a regular"}},
+      {"F5LinkToItself",
+       "o1",
+       [](const fs::path& d) {
+         fs::remove(d / "config.json");
+         fs::create_symlink("config.json", d / "config.json");
+       },
+       {"config.json: Too many levels of symbolic links"}},
   };
 }
 
@@ -323,6 +345,7 @@ TEST_P(Malformed, IsOneClearErrorLine) {
   EXPECT_LE(r.err.size(), 600u) << r.err;
   EXPECT_THAT(r.err, testing::StartsWith("snapmla: error: "));
   EXPECT_THAT(r.err, HasSubstr(dir.string()));
+  EXPECT_THAT(r.err, testing::Not(HasSubstr("json.exception")));
   for (const std::string& part : fault.says) EXPECT_THAT(r.err, HasSubstr(part));
 }
 

@@ -83,7 +83,10 @@ Result run_program(const std::string& program, const std::vector<std::string>& a
     std::signal(SIGPIPE, SIG_DFL);
     if (!launch.terminal) {
       dup2(in.read, 0);
-      dup2(out.write, 1);
+      const int file =
+          launch.output_to.empty() ? out.write : open(launch.output_to.c_str(), O_WRONLY);
+      if (file < 0) _exit(127);
+      dup2(file, 1);
       dup2(err.write, 2);
     }
     become(program, args, launch);

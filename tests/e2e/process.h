@@ -15,6 +15,7 @@ struct Result {
 
 struct Launch {
   std::string input = "";                   // standard input; the pipe is closed after it
+  std::string output_to = "";               // standard output goes to this file instead of `out`
   std::int64_t address_space = 0;           // bytes, RLIMIT_AS; 0 = no limit
   std::vector<std::string> extra_env = {};  // "NAME=VALUE"
   bool terminal = false;  // all three streams on one pseudo-terminal (output in `out`)

@@ -177,6 +177,35 @@ TEST(Run, AWeightFileThatIsCutShortMeanwhileIsOneClearError) {
   EXPECT_THAT(r.err, HasSubstr("model-00001-of-00002.safetensors: the file changed"));
 }
 
+TEST(Run, APromptFileThatCannotBeReadIsNamed) {
+  const std::string dir = fresh_directory();
+  for (const auto& [file, why] :
+       {std::pair{dir, "Is a directory"}, std::pair{dir + "/none", "No such file or directory"}}) {
+    const Result r = snapmla({"run", "-f", file, "-m", shipped_model()});
+    EXPECT_EQ(r.status, 1);
+    EXPECT_EQ(r.err, "snapmla: error: " + file + ": cannot be read: " + why + "\n");
+  }
+}
+
+// What the shell makes of -f <(command).
+TEST(Run, APromptFileMayBeAPipe) {
+  const Result r = snapmla({"run", "-f", "/dev/stdin", "-n", "4", "-m", shipped_model()},
+                           {.input = "import numpy as"});
+  EXPECT_EQ(r.status, 0) << r.err;
+  EXPECT_EQ(r.out, snapmla({"run", "-p", "import numpy as", "-n", "4", "-m", shipped_model()}).out);
+}
+
+// 99999999 tokens in pages of 64 are 1562500 pages of 5 layers x 41216 bytes.
+TEST(Run, ACacheThatDoesNotFitSaysHowLargeItIsAndWhatSetsIt) {
+  if (sanitized()) GTEST_SKIP() << "the sanitizer needs the address space that is limited here";
+  const Result r = snapmla({"run", "-p", "x", "-n", "1", "-c", "99999999", "-m", shipped_model()},
+                           {.address_space = std::int64_t{2} << 30});
+  EXPECT_EQ(r.status, 1);
+  EXPECT_EQ(lines(r.err).size(), 1u) << r.err;
+  EXPECT_THAT(r.err, ContainsRegex("cache pool of 99999999 tokens.*322000000000 bytes.*"
+                                   "--max-model-len"));
+}
+
 TEST(Run, CudaWithoutAGpuSaysWhy) {
   if (std::filesystem::exists("/dev/nvidiactl")) GTEST_SKIP() << "this machine has a GPU";
   const Result r = snapmla({"run", "-p", "x", "--device", "cuda"});

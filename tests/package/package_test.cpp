@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -56,6 +57,22 @@ std::vector<std::string> blocks_in(const std::string& file, const std::string& l
   return texts;
 }
 
+// What a generated text must show to be worth an example: characters that are seen.
+std::size_t visible(const std::string& text) {
+  return static_cast<std::size_t>(
+      std::count_if(text.begin(), text.end(), [](unsigned char c) { return c > ' '; }));
+}
+
+// The model's texts in what `snapmla run` wrote to standard output.
+std::vector<std::string> texts_of(const std::string& line, const std::string& out) {
+  if (line.find("--compare") == std::string::npos) return {out};
+  const std::string first = "\n--- BF16 cache\n", second = "\n--- FP8 cache\n", third = "\n---\n";
+  const std::size_t a = out.find(first), b = out.find(second), c = out.find(third);
+  if (a == std::string::npos || b == std::string::npos || c == std::string::npos) return {""};
+  return {out.substr(a + first.size(), b - a - first.size()),
+          out.substr(b + second.size(), c - b - second.size())};
+}
+
 class Installed : public testing::Test {
  protected:
   static void SetUpTestSuite() {
@@ -92,7 +109,7 @@ TEST_F(Installed, ExamplesBuildWithFindPackageAndRun) {
   ASSERT_NO_FATAL_FAILURE(build(fs::path(SNAPMLA_SOURCE_DIR) / "examples", built));
   const Result text = run_program(built / "generate", {shipped_model()});
   EXPECT_EQ(text.status, 0) << text.err;
-  const Result want = snapmla({"run", "-p", "def add(a, b):", "-n", "40"});
+  const Result want = snapmla({"run", "-p", "import numpy as", "-n", "40"});
   EXPECT_EQ(text.out.rfind(want.out, 0), 0u) << text.out << want.out;
   EXPECT_THAT(text.out, testing::ContainsRegex("\n[0-9]+ tokens, 206080 cache bytes\n$"));
 
@@ -136,7 +153,10 @@ TEST_F(Installed, ReadmeProgramsCompileAndRun) {
     ASSERT_NO_FATAL_FAILURE(build(dir, dir / "build"));
     const Result r = shell((dir / "build/app").string(), SNAPMLA_SOURCE_DIR);
     EXPECT_EQ(r.status, 0) << r.err;
-    EXPECT_NE(r.out, "");
+    const std::vector<std::string> said = lines(r.out);
+    ASSERT_GE(said.size(), 2u) << r.out;
+    EXPECT_THAT(said.back(), testing::EndsWith(" bytes of cache"));
+    EXPECT_GE(visible(r.out.substr(0, r.out.find(said.back()))), 10u) << r.out;
   }
 }
 
@@ -155,6 +175,12 @@ TEST(Readme, CommandsRun) {
       const Result r = shell(SNAPMLA_BINARY + line.substr(5), dir, "What is 2 + 2?");
       EXPECT_EQ(r.status, 0) << line << "\n" << r.err;
       EXPECT_THAT(r.err, testing::Not(HasSubstr("error"))) << line;
+      if (line.starts_with("./run run ")) {
+        const bool chat = line.find("--chat") != std::string::npos;  // may answer in one word
+        for (const std::string& text : texts_of(line, r.out)) {
+          EXPECT_GE(visible(text), chat ? 1u : 10u) << line << "\n" << r.out;
+        }
+      }
       ++ran;
     }
   }
