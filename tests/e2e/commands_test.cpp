@@ -222,7 +222,9 @@ TEST(Output, ThatCannotBeWrittenIsAnError) {
     EXPECT_THAT(r.err, testing::EndsWith("snapmla: error: standard output: cannot be written\n"))
         << name;
     // The same without the fault, which is then the reason.
-    if (args.size() > 2) EXPECT_EQ(snapmla(args).status, 0) << name;
+    if (args.size() > 2) {
+      EXPECT_EQ(snapmla(args).status, 0) << name;
+    }
   }
 }
 
