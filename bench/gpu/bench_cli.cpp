@@ -54,8 +54,8 @@ int run_attention_cli(const AttentionSweep& sweep, const AttentionCliFlags& flag
 
 void register_accuracy(CLI::App& bench, int& status) {
   auto options = std::make_shared<AccuracyOptions>();
-  CLI::App* command = bench.add_subcommand(
-      "accuracy", "cuda: error of decode against fp64, by data and length");
+  CLI::App* command =
+      bench.add_subcommand("accuracy", "cuda: error of decode against fp64, by data and length");
   using bench_cli::with_default;
   command
       ->add_option("-c,--context", options->contexts,
