@@ -63,10 +63,12 @@ class Call {
     std::int64_t inner = 1;
     for (int d = rank - 1; d >= 0; --d) {
       std::int64_t stride = inner;
-      if (d < rank - 1 && in_.rarely(12)) stride += in_.next() % 9;
+      const auto wrapping = [](std::uint64_t x) { return static_cast<std::int64_t>(x); };
+      const auto bits = static_cast<std::uint64_t>(inner);
+      if (d < rank - 1 && in_.rarely(12)) stride = wrapping(bits + in_.next() % 9);
       if (in_.rarely(48))
-        stride = in_.pick<std::int64_t>(
-            {0, -1, 1, 2, inner - 1, -inner, INT64_MAX, INT64_MIN, std::int64_t{1} << 62});
+        stride = in_.pick<std::int64_t>({0, -1, 1, 2, wrapping(bits - 1), wrapping(0 - bits),
+                                         INT64_MAX, INT64_MIN, std::int64_t{1} << 62});
       v = v.with_stride(d, stride);
       if (shape[d] > 0 && __builtin_mul_overflow(shape[d], stride, &inner)) inner = 1;
     }
