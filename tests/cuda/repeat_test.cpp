@@ -48,6 +48,44 @@ TEST_F(CudaTest, AThousandTimesTheSameBits) {
   }
 }
 
+// Requests of two and three splits, which the FP8 decode kernel merges itself: whichever CTA comes
+// last, the bits are the same, and its counters are ready for the next call under the same plan.
+TEST_F(CudaTest, MergedSplitsDoNotDependOnWhoIsLast) {
+  for (const int heads : {128, 64, 32, 5}) {
+    for (const int seqlen_q : {1, 2}) {
+      for (const bool deterministic : {false, true}) {
+        gpu::ProblemShape s;
+        s.format = KvCacheFormat::kFp8;
+        s.heads = heads;
+        s.seqlen_q = seqlen_q;
+        s.deterministic = deterministic;
+        for (int b = 0; b < (heads > 64 ? 40 : 80); ++b)  // 33 to 94 tiles: two or three splits
+          s.lengths.push_back(deterministic ? 4200 + 97 * b : 12000 - 61 * (b % 7));
+        SCOPED_TRACE(std::to_string(heads) + " heads" + (deterministic ? ", deterministic" : ""));
+        gpu::Problem problem(s, uneven_data(static_cast<std::uint64_t>(heads)));
+        expect_agreement(problem, gpu::sample_rows(problem.reference(), 200, 3), 4e-3, 8e-2);
+        const gpu::DeviceBuffer<std::uint8_t> first(problem.out_bits());
+        const MlaDecodeArgs args = problem.decode_args();
+        const std::int64_t out_bytes = problem.shape().rows() * 512 * 2;
+        gpu::OwnedStream stream;
+        std::int64_t mismatches = 0;
+        for (int i = 0; i < 100; ++i) {
+          problem.poison_outputs();
+          SNAPMLA_CUDA_CHECK(cudaDeviceSynchronize());
+          problem.decode(stream.get());
+          mismatches += gpu::count_mismatches(static_cast<const std::uint8_t*>(args.out.raw()),
+                                              first.data(), out_bytes, stream.get());
+          mismatches += gpu::count_mismatches(static_cast<const std::uint8_t*>(args.lse.raw()),
+                                              first.data() + out_bytes, problem.shape().rows() * 4,
+                                              stream.get());
+        }
+        EXPECT_EQ(mismatches, 0);
+        problem.check_guards();
+      }
+    }
+  }
+}
+
 // A graph holds plan, quantize_q, append_kv and decode. Between replays the lengths, the page table
 // and the place of the pages in the pool change; each replay must equal direct calls bit for bit.
 TEST_F(CudaTest, GraphReplaysFollowLengthsAndTables) {

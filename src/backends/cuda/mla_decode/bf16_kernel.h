@@ -328,8 +328,8 @@ __device__ void compute_even(const DecodeParams& p, SharedStorage& s, int item_b
   for (int i = item_begin; i < item_end; ++i, item_parity ^= 1) {
     if (i + 1 == item_end) ptx::griddepcontrol_launch_dependents();
     const DecodeItem item = p.plan.items[i];
-    const PageRange pages = page_range(item, p.cache_seqlens[item.request]);
-    begin_item(p, m, p.cache_seqlens[item.request], row_begin);
+    const PageRange pages = page_range(item);
+    begin_item(p, m, item.length, row_begin);
     wait(s.query_full, item_parity);
     ptx::pin_registers(m.score);
     issue_scores<0, 0, kGroups>(s, parity, m.score);
@@ -358,8 +358,8 @@ __device__ void compute_odd(const DecodeParams& p, SharedStorage& s, int item_be
   std::uint32_t parity = 0, item_parity = 0;
   for (int i = item_begin; i < item_end; ++i, item_parity ^= 1) {
     const DecodeItem item = p.plan.items[i];
-    const PageRange pages = page_range(item, p.cache_seqlens[item.request]);
-    begin_item(p, m, p.cache_seqlens[item.request], row_begin);
+    const PageRange pages = page_range(item);
+    begin_item(p, m, item.length, row_begin);
     int page = pages.first + 1;
     if (page < pages.end) {
       wait(s.query_full, item_parity);
@@ -408,7 +408,8 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ De
   if (threadIdx.x == 0) init_barriers(s);
   __syncthreads();
   ptx::griddepcontrol_wait();  // the plan, the queries and the cache come from earlier kernels
-  const int item_begin = p.plan.part_begin[part], item_end = p.plan.part_begin[part + 1];
+  const int item_begin = p.plan.parts[part].begin;
+  const int item_end = item_begin + p.plan.parts[part].count;
   if (threadIdx.x < 128) {
     ptx::setmaxnreg_dec<kLoadRegisters>();
     if (threadIdx.x == 0) {

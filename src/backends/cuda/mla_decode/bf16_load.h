@@ -26,8 +26,9 @@ struct PageRange {
   int first, end;
 };
 
-__device__ __forceinline__ PageRange page_range(const DecodeItem& item, int length) {
-  return {item.tile_begin * 2, min(item.tile_end * 2, (length + kPageTokens - 1) / kPageTokens)};
+__device__ __forceinline__ PageRange page_range(const DecodeItem& item) {
+  return {item.tile_begin * 2,
+          min(item.tile_end * 2, (item.length + kPageTokens - 1) / kPageTokens)};
 }
 
 // One thread per slot: every second page of each item. Entries of the block table past the
@@ -39,7 +40,7 @@ __device__ void copy_pages(const DecodeParams& p, SharedStorage& s, int item_beg
   std::uint32_t parity = 1;  // the first pass over the ring finds it empty
   for (int i = item_begin; i < item_end; ++i) {
     const DecodeItem item = p.plan.items[i];
-    const PageRange pages = page_range(item, p.cache_seqlens[item.request]);
+    const PageRange pages = page_range(item);
     const std::int32_t* table = p.block_table + item.request * p.table_stride;
     int page = pages.first + kSlot;
     std::int64_t next = page < pages.end ? table[page] : 0;
@@ -82,11 +83,11 @@ __device__ inline void load_queries(const DecodeParams& p, SharedStorage& s, int
   for (int i = item_begin; i < item_end; ++i, parity ^= 1) {
     const std::int64_t request = p.plan.items[i].request;
     wait(s.query_empty, parity);
+    RowPlace place(row_begin + first_row, p.heads_q);
 #pragma unroll 1
-    for (int r = first_row; r < kRowTile; r += 8) {
-      const int row = row_begin + r;
-      const bool exists = row < p.rows;
-      const int token = exists ? row / p.heads_q : 0, head = exists ? row - token * p.heads_q : 0;
+    for (int r = first_row; r < kRowTile; r += 8, place.advance(8, p.heads_q)) {
+      const bool exists = row_begin + r < p.rows;
+      const int token = exists ? place.token : 0, head = exists ? place.head : 0;
       const std::uint8_t* latent = p.q_latent + request * p.q_latent_stride.batch +
                                    token * p.q_latent_stride.token + head * p.q_latent_stride.head +
                                    unit * 16;

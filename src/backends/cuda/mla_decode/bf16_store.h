@@ -76,10 +76,10 @@ __device__ __forceinline__ void store_item(const DecodeParams& p, SharedStorage&
     const bool exists = row < p.rows;
     const int token = row / p.heads_q, head = row - token * p.heads_q;
     if (item.slot >= 0) {
-      const std::int64_t partial = static_cast<std::int64_t>(item.slot) * p.rows + row;
+      const std::int64_t slot = item.slot;
       if (!exists) continue;
-      if (kHalf == 0 && (lane & 3) == 0) p.plan.lse_accum[partial] = lse2;
-      float* to = p.plan.out_accum + partial * 512 + kHalf * 256;
+      if (kHalf == 0 && (lane & 3) == 0) p.plan.lse_accum[slot * p.rows + row] = lse2;
+      float* to = p.plan.out_accum + (slot * p.slot_rows + row) * 512 + kHalf * 256;
 #pragma unroll
       for (int h = 0; h < 2; ++h) store_f32(to + h * 128, o[h], r, lane, inverse, empty);
       continue;

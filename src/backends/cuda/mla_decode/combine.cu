@@ -5,6 +5,8 @@
 //
 // kWarps warps share a row: each takes every kWarps-th split, a lane 16 of the 512 dims. One warp
 // per row is best for many rows with few splits, a whole CTA for a single long request.
+#include <algorithm>
+
 #include "backends/cuda/launch.h"
 #include "backends/cuda/mla_decode/combine.h"
 #include "backends/cuda/ptx/convert.h"
@@ -44,8 +46,9 @@ __device__ Row merge(const DecodeParams& p, int first_slot, int count, int row, 
     for (int i = (begin + step - chunk % step) % step; i < n; i += step) {
       const float weight = __shfl_sync(~0u, w, i);
       if (weight == 0.0f) continue;  // its output may never have been written
-      const float* from = p.plan.out_accum +
-                          (static_cast<std::int64_t>(first_slot + chunk + i) * p.rows + row) * 512;
+      const float* from =
+          p.plan.out_accum +
+          (static_cast<std::int64_t>(first_slot + chunk + i) * p.slot_rows + row) * 512;
       r.weight += weight;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -119,8 +122,8 @@ __global__ void __launch_bounds__(kThreads)
   combine_row<kWarpsPerCta>(p, static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x));
 }
 
-// Many requests: grid (rows / 16, at most 128), a warp per row, over the plan's list of those that
-// were split.
+// Many requests: grid (rows / 16, some), a warp per row, over the plan's list of requests that need
+// it.
 __global__ void __launch_bounds__(kThreads)
     combine_many_kernel(const __grid_constant__ DecodeParams p) {
   ptx::griddepcontrol_wait();
@@ -143,7 +146,7 @@ void launch_combine(const DecodeParams& p, cudaStream_t stream) {
   }
   const auto groups = static_cast<unsigned>((p.rows + kWarpsPerCta - 1) / kWarpsPerCta);
   launch("combine", Ordering::kOverlap, combine_many_kernel,
-         dim3(groups, requests < 128 ? requests : 128), dim3(kThreads), 0, stream, p);
+         dim3(groups, std::clamp(512u / groups, 1u, requests)), dim3(kThreads), 0, stream, p);
 }
 
 }  // namespace snapmla::cuda

@@ -9,4 +9,7 @@ namespace snapmla::cuda {
 
 void launch_combine(const DecodeParams& params, cudaStream_t stream);
 
+// The same for the FP8 kernel's partial results (fragments.h).
+void launch_combine_fragments(const DecodeParams& params, cudaStream_t stream);
+
 }  // namespace snapmla::cuda

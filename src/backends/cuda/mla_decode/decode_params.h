@@ -6,10 +6,12 @@
 //               second read of a page comes from L2:  blockIdx.x = part * row_tiles + row_tile
 //   item      = (request, [tile_begin, tile_end), slot): consecutive tiles of kTileTokens tokens
 //   slot      = -1: the whole request, written to out / lse directly; otherwise the index of a
-//               partial result in out_accum / lse_accum, which combine merges
+//               partial result in out_accum / lse_accum. Up to merge_splits of them are merged by
+//               the CTA that comes last, more by combine
 #pragma once
 
 #include <cuda.h>
+#include <cuda_runtime.h>
 
 #include <cstdint>
 
@@ -17,22 +19,35 @@ namespace snapmla::cuda {
 
 inline constexpr int kTileTokens = 128;  // two pages
 inline constexpr int kRowTile = 64;
+inline constexpr int kMergeSplits = 3;  // most partial results that the FP8 kernel merges itself
 
+// All that a kernel has to know of an item, so that one load tells it.
 struct alignas(16) DecodeItem {
   std::int32_t request;
   std::int32_t tile_begin, tile_end;  // tiles of kTileTokens tokens, from the request's start
+  std::int32_t length;                // of the request, when the plan was made
   std::int32_t slot;
+  std::int32_t first_slot, splits;  // of the request; 0 and 1 where slot is -1
+  std::int32_t reserved;
+};
+
+// Its first item stands here once more: nobody waits for an index before the first item.
+struct alignas(16) DecodePart {
+  DecodeItem first;
+  std::int32_t begin, count;  // items
 };
 
 // Device pointers into the workspace.
 struct DecodePlanView {
-  std::int32_t* part_begin;   // [parts + 1] first item of each part
+  DecodePart* parts;          // [parts]
   DecodeItem* items;          // [max_items]
   std::int32_t* split_begin;  // [batch] first slot of a request with two or more items
   std::int32_t* split_count;  // [batch] 0: empty request, 1: written directly, n: slots
   std::int32_t* num_merged;   // how many requests combine has to write
-  std::int32_t* merged;       // [batch] those requests, in no order: split_count is not 1
-  float* out_accum;           // [max_slots, rows, 512] f32, normalised per split
+  std::int32_t* merged;       // [batch] those requests, in no order
+  std::int32_t* arrivals;     // [max_slots, row_tiles, 2] of a request's first slot, by half of the
+                              // output dims: how many partial results are there; 0 between launches
+  float* out_accum;           // [max_slots, slot_rows, 512] f32, normalised per split
   float* lse_accum;           // [max_slots, rows] f32, base 2
 };
 
@@ -69,6 +84,28 @@ struct DecodeParams {
   DecodePlanView plan;
   float scale_log2e;  // softmax_scale * log2(e)
   std::int32_t batch, heads_q, seqlen_q, rows, row_tiles, parts;
+  std::int32_t slot_rows;     // rows of a partial result: `rows` up to whole PV widths
+  std::int32_t merge_splits;  // requests of 2 to so many splits are merged by the decode kernel
+};
+
+// Items of one part in the order of work. The last item, which the next part may share, comes
+// second: what has to be merged is then merged early and under other CTAs' work, not when all end.
+// Addresses come from the parameters each time: some warps have few registers.
+struct PartItems {
+  int part, begin, count;
+  __device__ const DecodeItem* at(const DecodePlanView& plan, int n) const {
+    if (n == 0) return &plan.parts[part].first;
+    return plan.items + (n == 1 ? begin + count - 1 : begin + n - 1);
+  }
+};
+
+// Token and head of a row, stepped without the long way through a division.
+struct RowPlace {
+  int token, head;
+  __device__ RowPlace(int row, int heads_q) : token(row / heads_q), head(row - token * heads_q) {}
+  __device__ void advance(int rows, int heads_q) {
+    for (head += rows; head >= heads_q; head -= heads_q) ++token;
+  }
 };
 
 }  // namespace snapmla::cuda

@@ -30,6 +30,7 @@
 #include "backends/cuda/mla_decode/fp8_values.h"
 #include "backends/cuda/ptx/barrier.h"
 #include "backends/cuda/ptx/pdl.h"
+#include "backends/cuda/ptx/prefetch.h"
 
 namespace snapmla::cuda {
 namespace fp8_decode {
@@ -58,36 +59,34 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       init(s.p_empty[slot], 8);
       s.rescale_flags[slot] = 0;
     }
+    for (auto& barrier : s.l_full) init(barrier, 4);
     init(s.q_full, 2);
     init(s.q_empty, 4);
     fence_mbarrier_init();
   }
-  if (thread >= 128 && thread < 192) {
-    const int r = thread - 128, row = row_begin + r;
-    s.row_offset[r] =
-        row < p.rows ? row / p.heads_q * p.out_stride.token + row % p.heads_q * p.out_stride.head
-                     : -1;
-  }
+  if (thread >= 128 && thread < 192) place_row(p, s, row_begin, thread - 128);
   __syncthreads();
   griddepcontrol_wait();  // the plan, the query and the cache come from earlier kernels
-  const int item_begin = p.plan.part_begin[part], item_end = p.plan.part_begin[part + 1];
+  // Its first item arrives with the counts, not after them.
+  prefetch_global_l1(&p.plan.parts[part].first);
+  const PartItems items{part, p.plan.parts[part].begin, p.plan.parts[part].count};
   if (warpgroup == 0) {
     setmaxnreg_dec<24>();
     const int warp = thread >> 5;
     if (warp == 0) {
-      if (thread == 0) copy_pages(p, s, item_begin, item_end);
+      if (thread == 0) copy_pages(p, s, items);
     } else if (warp == 1) {
-      make_factors<Traits>(p, s, item_begin, item_end);
+      make_factors<Traits>(p, s, items);
     } else {
-      load_query(p, s, item_begin, item_end, row_begin);
+      load_query(p, s, items, row_begin);
     }
   } else if (warpgroup == 1) {
     if constexpr (Traits::kScoreRegisters > 128) setmaxnreg_inc<Traits::kScoreRegisters>();
     if constexpr (Traits::kScoreRegisters < 128) setmaxnreg_dec<Traits::kScoreRegisters>();
-    score<Traits>(p, s, item_begin, item_end, row_begin);
+    score<Traits>(p, s, items, row_begin);
   } else {
     setmaxnreg_inc<Traits::kPvRegisters>();
-    accumulate_values<Traits>(p, s, item_begin, item_end, row_begin, warpgroup - 2);
+    accumulate_values<Traits>(p, s, items, row_begin, warpgroup - 2);
   }
   griddepcontrol_launch_dependents();
 }

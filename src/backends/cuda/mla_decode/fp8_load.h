@@ -14,14 +14,14 @@ namespace fp8_decode {
 // frees both halves of the output dims early. A second page that the request does not have is not
 // looked up.
 template <class Storage>
-__device__ void copy_pages(const DecodeParams& p, Storage& s, int item_begin, int item_end) {
+__device__ void copy_pages(const DecodeParams& p, Storage& s, PartItems items) {
   Turn turn;
-  for (int i = item_begin; i < item_end; ++i) {
-    const int request = p.plan.items[i].request;
-    int tile = p.plan.items[i].tile_begin;
-    const int tile_end = p.plan.items[i].tile_end;
-    const std::int32_t* entry = p.block_table + request * p.table_stride + tile * 2;
-    int pages_left = (p.cache_seqlens[request] + 63) / 64 - tile * 2;
+  for (int n = 0; n < items.count; ++n) {
+    const DecodeItem* item = items.at(p.plan, n);
+    int tile = item->tile_begin;
+    const int tile_end = item->tile_end;
+    const std::int32_t* entry = p.block_table + item->request * p.table_stride + tile * 2;
+    int pages_left = (item->length + 63) / 64 - tile * 2;
     int next0 = entry[0], next1 = pages_left > 1 ? entry[1] : -1;
     for (; tile < tile_end; ++tile, turn.next()) {
       const int page0 = next0, page1 = next1;
@@ -71,17 +71,18 @@ __device__ void copy_pages(const DecodeParams& p, Storage& s, int item_begin, in
 // request get zeros (their scales may be anything). A scale that is not positive is NaN. Scales are
 // read straight from global memory, a tile ahead, and page numbers two tiles ahead.
 template <class Traits, class Storage>
-__device__ void make_factors(const DecodeParams& p, Storage& s, int item_begin, int item_end) {
+__device__ void make_factors(const DecodeParams& p, Storage& s, PartItems items) {
   const int lane = threadIdx.x & 31, page = lane >> 4;  // four tokens per lane
   Turn turn;
-  for (int i = item_begin; i < item_end; ++i) {
-    const int request = p.plan.items[i].request;
-    int tiles_left = p.plan.items[i].tile_end - p.plan.items[i].tile_begin;
-    const int tile_begin = p.plan.items[i].tile_begin;
-    int valid = p.cache_seqlens[request] - tile_begin * kTileTokens - lane * 4;  // of this lane's
-    const std::int32_t* entry = p.block_table + request * p.table_stride + tile_begin * 2 + page;
+  for (int n = 0; n < items.count; ++n) {
+    const DecodeItem* item = items.at(p.plan, n);
+    const int tile_begin = item->tile_begin;
+    int tiles_left = item->tile_end - tile_begin;
+    int valid = item->length - tile_begin * kTileTokens - lane * 4;  // of this lane's
+    const std::int32_t* entry =
+        p.block_table + item->request * p.table_stride + tile_begin * 2 + page;
     // Pages are looked up only where a token of this lane's page exists.
-    int pages_left = (p.cache_seqlens[request] + 63) / 64 - tile_begin * 2 - page;
+    int pages_left = (item->length + 63) / 64 - tile_begin * 2 - page;
     const auto load = [&](int page_id) {
       if (page_id < 0) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       return *reinterpret_cast<const float4*>(p.kv_scale + page_id * p.scale_page_stride +
@@ -114,15 +115,15 @@ __device__ void make_factors(const DecodeParams& p, Storage& s, int item_begin, 
       wait(s.p_full[buffer], turn.phase() ^ 1);
       *reinterpret_cast<float4*>(&s.token_scale[buffer][lane * 4]) =
           make_float4(scale[0], scale[1], scale[2], scale[3]);
-      const int n = lane >> 1;
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         const float s0 = scale[2 * pair], s1 = scale[2 * pair + 1];
         const int t = (lane & 1) * 2 + pair;
         // A bad token reaches the rows that see it through its score; those that do not must not
         // meet its NaN here.
-        s.sum_factors[buffer][t][n] = cvt_f16x2(s0 > 0.0f ? __fdividef(smallest, s0) : 0.0f,
-                                                s1 > 0.0f ? __fdividef(smallest, s1) : 0.0f);
+        s.sum_factors[buffer][t][lane >> 1] =
+            cvt_f16x2(s0 > 0.0f ? __fdividef(smallest, s0) : 0.0f,
+                      s1 > 0.0f ? __fdividef(smallest, s1) : 0.0f);
       }
       if (lane % (Traits::kPBlock / 4) == 0)
         s.sum_norm[buffer][lane * 4 / Traits::kPBlock] = 1.0f / smallest;
@@ -133,29 +134,30 @@ __device__ void make_factors(const DecodeParams& p, Storage& s, int item_begin, 
 
 // Two warps: the query of each item into the swizzled image; rows past the end become zeros.
 template <class Storage>
-__device__ void load_query(const DecodeParams& p, Storage& s, int item_begin, int item_end,
-                           int row_begin) {
-  const int thread = threadIdx.x & 63;
-  for (int i = item_begin; i < item_end; ++i) {
-    const std::int32_t request = p.plan.items[i].request;
-    wait(s.q_empty, static_cast<std::uint32_t>(i - item_begin + 1) & 1);
-    const std::uint8_t* latent = p.q_latent + request * p.q_latent_stride.batch;
-    const std::uint8_t* rope = p.q_rope + request * p.q_rope_stride.batch;
+__device__ void load_query(const DecodeParams& p, Storage& s, PartItems items, int row_begin) {
+  const int first_row = (threadIdx.x & 63) >> 3, unit = threadIdx.x & 7;
+  // Rows are eight apart, so that the place in the swizzled row stays the same.
+  const std::uint32_t first_to =
+      shared_address(s.query[0]) + first_row * 128 + ((unit ^ (first_row & 7)) << 4);
+  const RowPlace first_place(row_begin + first_row, p.heads_q);
+  for (int n = 0; n < items.count; ++n) {
+    const std::int64_t request = items.at(p.plan, n)->request;
+    std::uint32_t to = first_to;
+    RowPlace place = first_place;
+    wait(s.q_empty, static_cast<std::uint32_t>(n + 1) & 1);
 #pragma unroll 1
-    for (int r = thread >> 3; r < 64; r += 8) {
-      const int row = row_begin + r;
-      const int token = row / p.heads_q, head = row % p.heads_q;
-      const std::uint32_t bytes = row < p.rows ? 16 : 0;
-      const int unit = thread & 7;
-      const std::uint32_t to = shared_address(s.query[0]) + r * 128 + ((unit ^ (r & 7)) << 4);
-      const std::int64_t at =
-          bytes ? token * p.q_latent_stride.token + head * p.q_latent_stride.head : 0;
-      const std::int64_t rope_at =
-          bytes ? token * p.q_rope_stride.token + head * p.q_rope_stride.head : 0;
-#pragma unroll 1
-      for (int c = 0; c < kChunks; ++c)
-        cp_async_16(to + c * kQueryChunkBytes,
-                    (c == kRopeChunk ? rope + rope_at : latent + at + c * 128) + unit * 16, bytes);
+    for (int r = first_row; r < 64; r += 8, to += 8 * 128, place.advance(8, p.heads_q)) {
+      const std::uint32_t bytes = row_begin + r < p.rows ? 16 : 0;
+      if (bytes == 0) place.token = place.head = 0;  // nothing is read there
+      const std::uint8_t* from = p.q_latent + request * p.q_latent_stride.batch +
+                                 place.token * p.q_latent_stride.token +
+                                 place.head * p.q_latent_stride.head + unit * 16;
+#pragma unroll
+      for (int c = 0; c < kLatentChunks; ++c)
+        cp_async_16(to + c * kQueryChunkBytes, from + c * 128, bytes);
+      from = p.q_rope + request * p.q_rope_stride.batch + place.token * p.q_rope_stride.token +
+             place.head * p.q_rope_stride.head + unit * 16;
+      cp_async_16(to + kRopeChunk * kQueryChunkBytes, from, bytes);
     }
     cp_async_wait_all();
     fence_proxy_async_shared();

@@ -199,10 +199,9 @@ __device__ __forceinline__ void quantize_block(Storage& s, int buffer, int block
 
 // l and lse of a finished item; 1 / l goes to the PV warps.
 template <class Storage>
-__device__ __noinline__ void finish_rows(const DecodeParams& p, Storage& s, int item_index,
+__device__ __noinline__ void finish_rows(const DecodeParams& p, Storage& s, const DecodeItem* item,
                                          int buffer, float sum0, float sum1, float reference0,
                                          float reference1, int row, int row_begin) {
-  const DecodeItem item = p.plan.items[item_index];
   const float sums[2] = {sum0, sum1}, references[2] = {reference0, reference1};
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -212,14 +211,13 @@ __device__ __noinline__ void finish_rows(const DecodeParams& p, Storage& s, int 
     if ((threadIdx.x & 3) != 0) continue;
     s.inverse_sum[buffer][row_float(row + 8 * r)] = l == 0.0f ? 0.0f : 1.0f / l;
     const float lse2 = l == 0.0f ? -INFINITY : references[r] + log2f(l);
-    const int global_row = row_begin + row + 8 * r;
-    if (global_row >= p.rows) continue;
-    if (item.slot >= 0) {
-      p.plan.lse_accum[static_cast<std::int64_t>(item.slot) * p.rows + global_row] = lse2;
+    const std::int64_t offset = s.lse_offset[row + 8 * r];
+    if (offset < 0) continue;
+    if (item->slot >= 0) {
+      p.plan.lse_accum[static_cast<std::int64_t>(item->slot) * p.rows + row_begin + row + 8 * r] =
+          lse2;
     } else if (p.lse) {
-      const int token = global_row / p.heads_q, head = global_row % p.heads_q;
-      p.lse[item.request * p.lse_batch_stride + head * p.lse_head_stride +
-            token * p.lse_token_stride] = lse2 * 0.69314718055994530942f;
+      p.lse[item->request * p.lse_batch_stride + offset] = lse2 * 0.69314718055994530942f;
     }
   }
 }
@@ -227,28 +225,23 @@ __device__ __noinline__ void finish_rows(const DecodeParams& p, Storage& s, int 
 // Row constants of an item; the number of keys each row sees goes to shared memory.
 template <class Storage>
 __device__ __forceinline__ void begin_rows(const DecodeParams& p, Storage& s, int request,
-                                           int length, int row, int row_begin, ScoreLane& lane) {
+                                           int length, int row, ScoreLane& lane) {
+  const std::uint8_t* scales =
+      reinterpret_cast<const std::uint8_t*>(p.q_scale) + request * p.q_scale_stride.batch;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int global_row = row_begin + row + 8 * r;
-    const bool exists = global_row < p.rows;
-    const int token = global_row / p.heads_q, head = global_row % p.heads_q;
-    lane.c[r] = exists ? *reinterpret_cast<const float*>(
-                             reinterpret_cast<const std::uint8_t*>(p.q_scale) +
-                             request * p.q_scale_stride.batch + token * p.q_scale_stride.token +
-                             head * p.q_scale_stride.head) *
-                             p.scale_log2e
-                       : 0.0f;
+    const std::int64_t offset = s.scale_offset[row + 8 * r];
+    lane.c[r] =
+        offset < 0 ? 0.0f : *reinterpret_cast<const float*>(scales + offset) * p.scale_log2e;
     lane.reference[r] = kNoReference;
     lane.sum[r] = 0.0f;
-    if (lane.t == 0) s.row_visible[row + 8 * r] = visible_keys(p, global_row, length);
+    if (lane.t == 0) s.row_visible[row + 8 * r] = max(0, length - s.hidden[row + 8 * r]);
   }
   __syncwarp();
 }
 
 template <class Traits, class Storage>
-__device__ void score(const DecodeParams& p, Storage& s, int item_begin, int item_end,
-                      int row_begin) {
+__device__ void score(const DecodeParams& p, Storage& s, PartItems items, int row_begin) {
   const int thread = keep(static_cast<int>(threadIdx.x & 127));
   const int row = (thread >> 5) * 16 + ((thread & 31) >> 2);
   const int store_row = (thread >> 5) * 16 + (thread & 15);
@@ -259,13 +252,12 @@ __device__ void score(const DecodeParams& p, Storage& s, int item_begin, int ite
   lane.store_unit = ((thread & 31) >> 4) ^ (store_row & 7);
   const bool active = (thread >> 5) * 16 < Traits::kRows;
   Turn turn;
-  for (int i = item_begin; i < item_end; ++i) {
-    const volatile DecodeItem* item = p.plan.items + i;
-    const int length = p.cache_seqlens[item->request];
-    begin_rows(p, s, item->request, length, row, row_begin, lane);
-    // The first token that some row of this CTA must not see.
-    const int all_visible = visible_keys(p, row_begin, length);
-    wait(s.q_full, static_cast<std::uint32_t>(i - item_begin) & 1);
+  for (int n = 0; n < items.count; ++n) {
+    const DecodeItem* item = items.at(p.plan, n);
+    begin_rows(p, s, item->request, item->length, row, lane);
+    // The first token that some row of this CTA must not see: its first row hides the most.
+    const int all_visible = item->length - s.hidden[0];
+    wait(s.q_full, static_cast<std::uint32_t>(n) & 1);
     int tiles_left = item->tile_end - item->tile_begin;
     int first_token = item->tile_begin * kTileTokens;
     for (; tiles_left > 0; --tiles_left, first_token += kTileTokens, turn.next()) {
@@ -302,14 +294,16 @@ __device__ void score(const DecodeParams& p, Storage& s, int item_begin, int ite
           quantize_block<Traits>(s, buffer, block, scores, m[block], lane);
         if ((thread & 31) == 0)
           reinterpret_cast<std::uint8_t*>(&s.rescale_flags[buffer])[thread >> 5] = moved ? 1 : 0;
-        if (tiles_left == 1)
-          finish_rows(p, s, i, i & 3, lane.sum[0], lane.sum[1], lane.reference[0],
-                      lane.reference[1], row, row_begin);
         fence_proxy_async_shared();
       }
       __syncwarp();
       if ((thread & 31) == 0) mbarrier_arrive(shared_address(&s.p_full[buffer]));
     }
+    // After the last P, so that PV need not wait for it.
+    if (active)
+      finish_rows(p, s, items.at(p.plan, n), n & 3, lane.sum[0], lane.sum[1], lane.reference[0],
+                  lane.reference[1], row, row_begin);
+    arrive_warp(s.l_full[n & 1]);
   }
 }
 

@@ -52,13 +52,19 @@ struct alignas(1024) Fp8SharedStorage {
   std::uint32_t sum_factors[2][4][16];               // [t][n]: f16x2 s_min / s of those tokens
   float sigma[2][kBlocks][kRowFloats];
   float rescale[2][kRowFloats];
-  float inverse_sum[4][kRowFloats];  // 1 / l, by item: PV may be three items behind
-  float sum_norm[2][kBlocks];        // 1 / s_min of the block
-  std::uint32_t rescale_flags[2];    // byte w: score warp w moved a reference
-  int row_visible[64];               // keys that each row sees, of the current item
-  std::int64_t row_offset[64];       // of out, from the request; -1: no row
+  float inverse_sum[4][kRowFloats];                 // 1 / l, by item: PV may be three items behind
+  float merge_weight[2][kMergeSplits][kRowFloats];  // of each PV warpgroup, of the splits it merges
+  int arrived[2];                                   // of each PV warpgroup, read by one thread
+  float sum_norm[2][kBlocks];                       // 1 / s_min of the block
+  std::uint32_t rescale_flags[2];                   // byte w: score warp w moved a reference
+  int row_visible[64];                              // keys that each row sees, of the current item
+  // Of each row; bytes from the request's start, -1 where there is no row.
+  std::int64_t out_offset[64], scale_offset[64];
+  std::int64_t lse_offset[64];  // elements
+  int hidden[64];               // keys at the end that the row must not see
   std::uint64_t k_full[kStages][kGroups], k_empty[kStages][kGroups];
   std::uint64_t p_full[2], p_empty[2];
+  std::uint64_t l_full[2];  // by item: 1 / l and lse are there
   std::uint64_t q_full, q_empty;
 };
 
@@ -93,10 +99,16 @@ __device__ __forceinline__ std::uint64_t k_major(std::uint32_t address) {
   return descriptor_swizzle128(address, 16, 1024);
 }
 
-// Number of keys that row `row` of its row tile sees.
-__device__ __forceinline__ int visible_keys(const DecodeParams& p, int row, int length) {
-  const int token = min(row / p.heads_q, p.seqlen_q - 1);
-  return max(0, length - p.seqlen_q + token + 1);
+// What the rows of this CTA have in common over all items, for thread `r` of 64.
+template <class Storage>
+__device__ __forceinline__ void place_row(const DecodeParams& p, Storage& s, int row_begin, int r) {
+  const RowPlace at(row_begin + r, p.heads_q);
+  const bool exists = row_begin + r < p.rows;
+  s.out_offset[r] = exists ? at.token * p.out_stride.token + at.head * p.out_stride.head : -1;
+  s.scale_offset[r] =
+      exists ? at.token * p.q_scale_stride.token + at.head * p.q_scale_stride.head : -1;
+  s.lse_offset[r] = exists ? at.token * p.lse_token_stride + at.head * p.lse_head_stride : -1;
+  s.hidden[r] = max(0, p.seqlen_q - 1 - at.token);
 }
 
 }  // namespace fp8_decode

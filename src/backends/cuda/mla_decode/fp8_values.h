@@ -1,7 +1,7 @@
 // Warpgroups 2 and 3 of the FP8 decode kernel: O^T = V^T P^T and the output.
 #pragma once
 
-#include "backends/cuda/mla_decode/fp8_storage.h"
+#include "backends/cuda/mla_decode/fp8_store.h"
 #include "backends/cuda/ptx/barrier.h"
 #include "backends/cuda/ptx/convert.h"
 #include "backends/cuda/ptx/fence.h"
@@ -59,52 +59,6 @@ __device__ __noinline__ void clear_tail(Storage& s, Turn turn, int half, int vis
   }
   fence_proxy_async_shared();  // the next copy into this slot must come after these writes
   barrier_sync(1 + half, 128);
-}
-
-template <int kRows, class Apply>
-__device__ __forceinline__ void for_row_factors(const float* factors, int t, Apply apply) {
-#pragma unroll
-  for (int n = 0; n < kRows / 8; n += 2) {
-    const float4 f = *reinterpret_cast<const float4*>(factors + t * 20 + n * 2);
-    apply(n, f.x, f.y);
-    apply(n + 1, f.z, f.w);
-  }
-}
-
-// Rows whose 1 / l is 0 saw no token: exactly 0, whatever O holds.
-template <class Traits, class Storage>
-__device__ __forceinline__ void store_out(const DecodeParams& p, Storage& s, const DecodeItem& item,
-                                          const float (&o)[4][Traits::kRows / 2],
-                                          const float* inverse, int half, int row_begin) {
-  const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3, t = lane & 3;
-  const int dim = half * 256 + warp * 16 + 2 * (lane >> 2);
-  const bool f32 = item.slot >= 0 || p.out_f32;
-  std::uint8_t* base = item.slot >= 0
-                           ? reinterpret_cast<std::uint8_t*>(
-                                 p.plan.out_accum +
-                                 (static_cast<std::int64_t>(item.slot) * p.rows + row_begin) * 512)
-                           : static_cast<std::uint8_t*>(p.out) + item.request * p.out_stride.batch;
-  base += dim * (f32 ? 4 : 2);
-#pragma unroll
-  for (int n = 0; n < Traits::kRows / 8; ++n) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int row = 8 * n + 2 * t + e;
-      if (row_begin + row >= p.rows) continue;
-      const float f = inverse[t * 20 + 2 * n + e];
-      std::uint8_t* to = base + (item.slot >= 0 ? row * 2048 : s.row_offset[row]);
-#pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        const float x = f == 0.0f ? 0.0f : o[m][4 * n + e] * f;
-        const float y = f == 0.0f ? 0.0f : o[m][4 * n + 2 + e] * f;
-        if (f32) {
-          *reinterpret_cast<float2*>(to + m * 256) = make_float2(x, y);
-        } else {
-          *reinterpret_cast<std::uint32_t*>(to + m * 128) = cvt_bf16x2(x, y);
-        }
-      }
-    }
-  }
 }
 
 // The first wgmma of a block overwrites T, so that T need not be set before; the compiler cannot
@@ -205,33 +159,36 @@ __device__ __forceinline__ void pv_tile(Storage& s, int slot, std::uint32_t phas
 #pragma nv_diag_default 549
 
 template <class Traits, class Storage>
-__device__ void accumulate_values(const DecodeParams& p, Storage& s, int item_begin, int item_end,
-                                  int row_begin, int half) {
+__device__ void accumulate_values(const DecodeParams& p, Storage& s, PartItems items, int row_begin,
+                                  int half) {
   constexpr int kRows = Traits::kRows;
   const int thread = keep(static_cast<int>(threadIdx.x & 127));
   const auto lane_at =
       static_cast<std::uint32_t>((thread & 31) * 128 + (((thread >> 5) ^ (thread & 7)) << 4));
   Turn turn;
   float o[4][kRows / 2];
-  for (int i = item_begin; i < item_end; ++i) {
+  for (int n = 0; n < items.count; ++n) {
 #pragma unroll
     for (int m = 0; m < 4; ++m)
 #pragma unroll
       for (int k = 0; k < kRows / 2; ++k) o[m][k] = 0.0f;
-    const volatile DecodeItem* item_at = p.plan.items + i;  // read again later: registers are short
-    for (int tiles_left = item_at->tile_end - item_at->tile_begin; tiles_left > 0; --tiles_left) {
+    const DecodeItem* item = items.at(p.plan, n);  // read again later: registers are short
+    for (int tiles_left = item->tile_end - item->tile_begin; tiles_left > 0; --tiles_left) {
       if (tiles_left <= 2) {  // seqlen_q is at most 16: no other tile can need it
-        const int first_token = (item_at->tile_end - tiles_left) * kTileTokens;
-        const int length = p.cache_seqlens[item_at->request];
-        const int visible = visible_keys(p, row_begin, length) - first_token;
-        if (visible < kTileTokens) clear_tail(s, turn, half, visible, length - first_token);
+        const int first_token = (item->tile_end - tiles_left) * kTileTokens;
+        const int visible = item->length - s.hidden[0] - first_token;
+        if (visible < kTileTokens) clear_tail(s, turn, half, visible, item->length - first_token);
       }
       pv_tile<Traits>(s, turn.slot(), turn.phase(), half, lane_at, thread & 3, o);
+      // Before P's buffer is given back: the score warps could otherwise be two items ahead, and
+      // the phase ambiguous.
+      if (tiles_left == 1) wait(s.l_full[n & 1], static_cast<std::uint32_t>(n >> 1) & 1);
       arrive_warp(s.p_empty[turn.slot()]);
       turn.next();
     }
-    const DecodeItem item = p.plan.items[i];
-    store_out<Traits>(p, s, item, o, s.inverse_sum[i & 3], half, row_begin);
+    normalise<Traits>(o, s.inverse_sum[n & 3]);
+    if (item->slot >= 0 && !merge_splits<Traits>(p, s, *item, o, half, row_begin)) continue;
+    store_rows<Traits>(p, s, *item, o, half, row_begin);
   }
 }
 

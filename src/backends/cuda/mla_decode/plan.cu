@@ -15,6 +15,7 @@ PlanSizes plan_sizes(const DecodeShape& shape, int num_sms) {
   PlanSizes s{};
   s.rows = shape.heads_q * shape.seqlen_q;
   s.row_tiles = (s.rows + kRowTile - 1) / kRowTile;
+  s.slot_rows = s.rows <= 16 ? 16 : s.rows <= 32 ? 32 : s.row_tiles * kRowTile;
   s.parts = std::clamp<std::int64_t>(num_sms / s.row_tiles, 1, kMaxParts);
   s.max_tiles = (shape.max_pages * kPageSize + kTileTokens - 1) / kTileTokens;
   const std::int64_t splits = (s.max_tiles + kTilesPerSplit - 1) / kTilesPerSplit;
@@ -27,25 +28,27 @@ PlanSizes plan_sizes(const DecodeShape& shape, int num_sms) {
     at += (bytes + 255) / 256 * 256;
     return begin;
   };
-  s.part_begin = take((s.parts + 1) * 4);
+  s.part = take(s.parts * static_cast<std::int64_t>(sizeof(DecodePart)));
   s.items = take(s.max_items * static_cast<std::int64_t>(sizeof(DecodeItem)));
   s.split_begin = take(shape.batch * 4);
   s.split_count = take(shape.batch * 4);
   s.merged = take((shape.batch + 1) * 4);
+  s.arrivals = take(s.max_items * s.row_tiles * 2 * 4);
   s.lse_accum = take(s.max_items * s.rows * 4);
-  s.out_accum = take(s.max_items * s.rows * kKvLoraRank * 4);
+  s.out_accum = take(s.max_items * s.slot_rows * kKvLoraRank * 4);
   s.total = at;
   return s;
 }
 
 DecodePlanView plan_view(const PlanSizes& sizes, void* workspace) {
   auto* base = static_cast<std::uint8_t*>(workspace);
-  return {reinterpret_cast<std::int32_t*>(base + sizes.part_begin),
+  return {reinterpret_cast<DecodePart*>(base + sizes.part),
           reinterpret_cast<DecodeItem*>(base + sizes.items),
           reinterpret_cast<std::int32_t*>(base + sizes.split_begin),
           reinterpret_cast<std::int32_t*>(base + sizes.split_count),
           reinterpret_cast<std::int32_t*>(base + sizes.merged),
           reinterpret_cast<std::int32_t*>(base + sizes.merged) + 1,
+          reinterpret_cast<std::int32_t*>(base + sizes.arrivals),
           reinterpret_cast<float*>(base + sizes.out_accum),
           reinterpret_cast<float*>(base + sizes.lse_accum)};
 }
@@ -55,7 +58,7 @@ namespace {
 struct PlanArgs {
   const std::int32_t* cache_seqlens;
   DecodePlanView view;
-  int batch, parts, max_tiles, max_items;
+  int batch, parts, max_tiles, row_tiles, merge_splits;
   bool deterministic;
 };
 
@@ -91,10 +94,12 @@ __device__ Sums exclusive_scan(Sums value, Sums& base, Sums* scratch) {
           before.slots + sum.slots - value.slots};
 }
 
-__device__ int tiles_of(const PlanArgs& a, int request) {
-  const int length = max(0, a.cache_seqlens[request]);
-  return min((length + kTileTokens - 1) / kTileTokens, a.max_tiles);
+// Length of a request; 0 for b past the batch. A table of max_tiles tiles bounds it.
+__device__ int length_of(const PlanArgs& a, int b) {
+  return b < a.batch ? min(max(0, a.cache_seqlens[b]), a.max_tiles * kTileTokens) : 0;
 }
+
+__device__ int tiles_of(int length) { return (length + kTileTokens - 1) / kTileTokens; }
 
 // Piece boundaries of one request, given the cost before it.
 struct Pieces {
@@ -121,7 +126,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanArgs a) {
   // Total cost first: shares depend on it.
   Sums total{0, 0, 0};
   for (int begin = 0; begin < a.batch; begin += kPlanThreads) {
-    const int b = begin + thread, tiles = b < a.batch ? tiles_of(a, b) : 0;
+    const int tiles = tiles_of(length_of(a, begin + thread));
     exclusive_scan({tiles ? tiles + kItemCost : 0, 0, 0}, total, scratch);
   }
   const long long share = max(1ll, (total.cost + a.parts - 1) / a.parts);
@@ -131,7 +136,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanArgs a) {
 
   Sums base{0, 0, 0}, cost_base{0, 0, 0};
   for (int begin = 0; begin < a.batch; begin += kPlanThreads) {
-    const int b = begin + thread, tiles = b < a.batch ? tiles_of(a, b) : 0;
+    const int b = begin + thread, length = length_of(a, b), tiles = tiles_of(length);
     const Sums cost = exclusive_scan({tiles ? tiles + kItemCost : 0, 0, 0}, cost_base, scratch);
     const Pieces pieces = pieces_of(a, tiles, cost.cost, share);
     const Sums at =
@@ -139,7 +144,8 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanArgs a) {
     if (b >= a.batch) continue;
     a.view.split_begin[b] = at.slots;
     a.view.split_count[b] = pieces.count;
-    if (pieces.count != 1) a.view.merged[atomicAdd(a.view.num_merged, 1)] = b;
+    if (pieces.count == 0 || pieces.count > max(1, a.merge_splits))
+      a.view.merged[atomicAdd(a.view.num_merged, 1)] = b;
     for (int i = 0; i < pieces.count; ++i) {
       int tile_begin, tile_end, part;
       if (a.deterministic) {
@@ -158,29 +164,42 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanArgs a) {
         tile_end = cut(part + 1);
       }
       const int index = at.items + i;
-      a.view.items[index] = {b, tile_begin, tile_end, pieces.count > 1 ? at.slots + i : -1};
+      const bool split = pieces.count > 1;
+      a.view.items[index] = {b,
+                             tile_begin,
+                             tile_end,
+                             length,
+                             split ? at.slots + i : -1,
+                             split ? at.slots : 0,
+                             pieces.count,
+                             0};
       atomicMax(&part_end[part], index + 1);
     }
   }
+  for (int i = thread; i < base.slots * a.row_tiles * 2; i += kPlanThreads) a.view.arrivals[i] = 0;
   __syncthreads();
   // A part without items ends where the one before it ends: prefix maximum by one warp.
   if (thread < 32) {
     constexpr int kEach = kMaxParts / 32;
-    int end[kEach], largest = 0;
-    for (int i = 0; i < kEach; ++i) {
-      largest = max(largest, part_end[thread * kEach + i]);
-      end[i] = largest;
-    }
+    int largest = 0;
+    for (int i = 0; i < kEach; ++i)
+      largest = part_end[thread * kEach + i] = max(largest, part_end[thread * kEach + i]);
     for (int d = 1; d < 32; d *= 2) {
       const int other = __shfl_up_sync(~0u, largest, d);
       if (thread >= d) largest = max(largest, other);
     }
     const int before = __shfl_up_sync(~0u, largest, 1);
-    if (thread == 0) a.view.part_begin[0] = 0;
-    for (int i = 0; i < kEach; ++i) {
-      const int part = thread * kEach + i;
-      if (part < a.parts) a.view.part_begin[part + 1] = max(end[i], thread ? before : 0);
-    }
+    for (int i = 0; thread > 0 && i < kEach; ++i)
+      part_end[thread * kEach + i] = max(part_end[thread * kEach + i], before);
+  }
+  __syncthreads();
+  for (int part = thread; part < a.parts; part += kPlanThreads) {
+    const int first = part > 0 ? part_end[part - 1] : 0, count = part_end[part] - first;
+    DecodePart out{};
+    if (count > 0) out.first = a.view.items[first];
+    out.begin = first;
+    out.count = count;
+    a.view.parts[part] = out;
   }
 }
 
@@ -194,7 +213,8 @@ void launch_plan(const DecodeShape& shape, const PlanSizes& sizes,
                       static_cast<int>(shape.batch),
                       static_cast<int>(sizes.parts),
                       static_cast<int>(sizes.max_tiles),
-                      static_cast<int>(sizes.max_items),
+                      static_cast<int>(sizes.row_tiles),
+                      merge_splits(shape.format),
                       shape.deterministic};
   launch("plan_decode", Ordering::kOverlap, plan_kernel, dim3(1), dim3(kPlanThreads), 0, stream,
          args);

@@ -20,10 +20,15 @@ inline constexpr int kTilesPerSplit = 32;  // deterministic mode: 4096 tokens
 
 // Sizes that follow from a shape and the GPU's number of SMs.
 struct PlanSizes {
-  std::int64_t rows, row_tiles, parts, max_tiles, max_items;
-  std::int64_t part_begin, items, split_begin, split_count, merged, lse_accum, out_accum,
+  std::int64_t rows, row_tiles, slot_rows, parts, max_tiles, max_items;
+  std::int64_t part, items, split_begin, split_count, merged, arrivals, lse_accum, out_accum,
       total;  // offsets
 };
+// Requests of 2 to so many splits are merged by the decode kernel, the others by combine.
+inline int merge_splits(KvCacheFormat format) {
+  return format == KvCacheFormat::kFp8 ? kMergeSplits : 0;
+}
+
 PlanSizes plan_sizes(const DecodeShape& shape, int num_sms);
 DecodePlanView plan_view(const PlanSizes& sizes, void* workspace);
 

@@ -1,0 +1,184 @@
+// The end of an item in the FP8 decode kernel: O is divided by l and written; requests of few
+// splits are merged here.
+#pragma once
+
+#include "backends/cuda/mla_decode/fp8_storage.h"
+#include "backends/cuda/mla_decode/fragments.h"
+#include "backends/cuda/ptx/barrier.h"
+#include "backends/cuda/ptx/convert.h"
+#include "backends/cuda/ptx/math.h"
+
+namespace snapmla::cuda {
+namespace fp8_decode {
+
+// apply(n, f0, f1) for every column block n of O^T, with this lane's factors of rows 8n + 2t, + 1.
+template <int kRows, class Apply>
+__device__ __forceinline__ void for_row_factors(const float* factors, int t, Apply apply) {
+#pragma unroll
+  for (int n = 0; n < kRows / 8; n += 2) {
+    const float4 f = *reinterpret_cast<const float4*>(factors + t * 20 + n * 2);
+    apply(n, f.x, f.y);
+    apply(n + 1, f.z, f.w);
+  }
+}
+
+// O / l. A row that saw no token has O = 0 and 1 / l = 0: V holds no NaN where it matters
+// (clear_tail).
+template <class Traits>
+__device__ __forceinline__ void normalise(float (&o)[4][Traits::kRows / 2], const float* inverse) {
+  for_row_factors<Traits::kRows>(inverse, threadIdx.x & 3, [&](int n, float f0, float f1) {
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      o[m][4 * n + 0] *= f0;
+      o[m][4 * n + 1] *= f1;
+      o[m][4 * n + 2] *= f0;
+      o[m][4 * n + 3] *= f1;
+    }
+  });
+}
+
+// Rows to `out`.
+template <class Traits, class Storage>
+__device__ __forceinline__ void store_rows(const DecodeParams& p, Storage& s,
+                                           const DecodeItem& item,
+                                           const float (&o)[4][Traits::kRows / 2], int half,
+                                           int row_begin) {
+  const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3, t = lane & 3;
+  const int dim = half * 256 + warp * 16 + 2 * (lane >> 2);
+  std::uint8_t* base = static_cast<std::uint8_t*>(p.out) + item.request * p.out_stride.batch +
+                       dim * (p.out_f32 ? 4 : 2);
+#pragma unroll
+  for (int n = 0; n < Traits::kRows / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int row = 8 * n + 2 * t + e;
+      if (row_begin + row >= p.rows) continue;
+      std::uint8_t* to = base + s.out_offset[row];
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        const float x = o[m][4 * n + e], y = o[m][4 * n + 2 + e];
+        if (p.out_f32) {
+          *reinterpret_cast<float2*>(to + m * 256) = make_float2(x, y);
+        } else {
+          *reinterpret_cast<std::uint32_t*>(to + m * 128) = cvt_bf16x2(x, y);
+        }
+      }
+    }
+  }
+}
+
+// Weights of the splits of each row, for the warpgroup's threads, and the row's lse.
+template <class Traits, class Storage>
+__device__ __forceinline__ void weigh_splits(const DecodeParams& p, Storage& s,
+                                             const DecodeItem& item, int first, int count, int half,
+                                             int row_begin) {
+  const int row = threadIdx.x & 127, global_row = row_begin + row;
+  if (row < Traits::kRows) {
+    float lse[kMergeSplits], weight[kMergeSplits], maximum = -INFINITY, sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kMergeSplits; ++i) {
+      lse[i] = i < count && global_row < p.rows
+                   ? __ldcg(p.plan.lse_accum + static_cast<std::int64_t>(first + i) * p.rows +
+                            global_row)
+                   : -INFINITY;
+      maximum = fmaxf(maximum, lse[i]);
+    }
+    if (maximum == -INFINITY) maximum = 0.0f;  // all empty, or NaN, which must reach the output
+#pragma unroll
+    for (int i = 0; i < kMergeSplits; ++i) sum += weight[i] = ex2_approx_ftz(lse[i] - maximum);
+    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+#pragma unroll
+    for (int i = 0; i < kMergeSplits; ++i)
+      s.merge_weight[half][i][row_float(row)] = weight[i] * inverse;
+    if (half == 0 && p.lse && global_row < p.rows) {
+      p.lse[item.request * p.lse_batch_stride + s.lse_offset[row]] =
+          sum == 0.0f ? -INFINITY : 0.69314718055994530942f * (maximum + log2f(sum));
+    }
+  }
+  barrier_sync(1 + half, 128);
+}
+
+// A partial result goes to the workspace. Where a request has 2 or 3 of them, whoever comes last
+// merges all into its `o` and returns true; more are left to combine. The sum runs in the order of
+// the splits, whoever makes it, so that a result does not depend on who was last. The counter goes
+// back to 0 for the next launch under the same plan.
+template <class Traits, class Storage>
+__device__ __forceinline__ bool merge_splits(const DecodeParams& p, Storage& s,
+                                             const DecodeItem& item,
+                                             float (&o)[4][Traits::kRows / 2], int half,
+                                             int row_begin) {
+  constexpr int kRows = Traits::kRows;
+  const int thread = threadIdx.x & 127, t = threadIdx.x & 3;
+  const int first = item.first_slot, count = item.splits;
+  std::int32_t* arrivals =
+      p.plan.arrivals +
+      (static_cast<std::int64_t>(first) * p.row_tiles + row_begin / kRowTile) * 2 + half;
+  if (count <= kMergeSplits) {
+    if (thread == 0) {
+      s.arrived[half] = *reinterpret_cast<volatile std::int32_t*>(arrivals);
+      __threadfence();
+    }
+    barrier_sync(1 + half, 128);
+  }
+  if (count > kMergeSplits || s.arrived[half] != count - 1) {
+    float4* to = fragments<kRows>(p, item.slot, row_begin, half) + thread;
+#pragma unroll
+    for (int m = 0; m < 4; ++m)
+#pragma unroll
+      for (int n = 0; n < kRows / 8; ++n)
+        to[fragment_at<kRows>(m, n)] =
+            make_float4(o[m][4 * n], o[m][4 * n + 1], o[m][4 * n + 2], o[m][4 * n + 3]);
+    if (count > kMergeSplits) return false;
+    __threadfence();
+    barrier_sync(1 + half, 128);
+    if (thread == 0) {
+      s.arrived[half] = atomicAdd(arrivals, 1);
+      __threadfence();
+    }
+    barrier_sync(1 + half, 128);
+    if (s.arrived[half] != count - 1) return false;
+  }
+  if (thread == 0) *arrivals = 0;
+  weigh_splits<Traits>(p, s, item, first, count, half, row_begin);
+  const int own = item.slot - first;
+  const int one = own == 0 ? 1 : 0, two = own == 2 ? 1 : 2;  // the others, in order
+  const float4* from_one = fragments<kRows>(p, first + one, row_begin, half) + thread;
+  const float4* from_two = fragments<kRows>(p, first + two, row_begin, half) + thread;
+  const float* weights = s.merge_weight[half][0] + t * 20;
+#pragma unroll
+  for (int n = 0; n < kRows / 8; ++n) {
+    float4 a[4], b[4];
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      a[m] = __ldcg(from_one + fragment_at<kRows>(m, n));
+      b[m] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+    if (count == 3) {
+#pragma unroll
+      for (int m = 0; m < 4; ++m) b[m] = __ldcg(from_two + fragment_at<kRows>(m, n));
+    }
+    float2 w[kMergeSplits];
+#pragma unroll
+    for (int i = 0; i < kMergeSplits; ++i)
+      w[i] = *reinterpret_cast<const float2*>(weights + i * kRowFloats + n * 2);
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      const auto merge = [&](float mine, float x, float y, float w0, float w1, float w2) {
+        const float first_one = own == 0 ? mine : x;
+        const float second = own == 0 ? x : own == 1 ? mine : y;
+        const float third = own == 2 ? mine : y;
+        return fmaf(w2, third, fmaf(w1, second, w0 * first_one));
+      };
+      float* x = &o[m][4 * n];
+      x[0] = merge(x[0], a[m].x, b[m].x, w[0].x, w[1].x, w[2].x);
+      x[1] = merge(x[1], a[m].y, b[m].y, w[0].y, w[1].y, w[2].y);
+      x[2] = merge(x[2], a[m].z, b[m].z, w[0].x, w[1].x, w[2].x);
+      x[3] = merge(x[3], a[m].w, b[m].w, w[0].y, w[1].y, w[2].y);
+    }
+  }
+  barrier_sync(1 + half, 128);  // before the weights are written again
+  return true;
+}
+
+}  // namespace fp8_decode
+}  // namespace snapmla::cuda
