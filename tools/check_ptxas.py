@@ -4,7 +4,8 @@
   check_ptxas.py -- [ccache] nvcc ... -c source.cu -o object.o
 
 Fails on any C75xx line (WGMMA was serialised, or setmaxnreg ignored), and on spills or a stack
-frame in a source that holds the line "// PTXAS: no-spill". The report is kept beside the object
+frame in a source that holds the line "// PTXAS: no-spill"; on more than N bytes of any of the three
+where it holds "// PTXAS: spill <= N". The report is kept beside the object
 (object.o.ptxas), not printed; all other output passes through.
 """
 import pathlib
@@ -16,11 +17,11 @@ INFO = re.compile(r"^ptxas info\s*:|^\s+\d+ bytes stack frame|^\s*$|^Function pr
 SERIALISED = re.compile(r"\bC75\d\d\b")
 FUNCTION = re.compile(r"(?:Compiling entry function '|Function properties for )([^'\s]+)")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-NO_SPILL = re.compile(r"^// PTXAS: no-spill\s*$", re.M)
+LIMIT = re.compile(r"^// PTXAS: (?:no-spill|spill <= (\d+))\s*$", re.M)
 
 
-def judge(report: str, no_spill: bool) -> list[str]:
-    """The lines of a ptxas report that forbid the object."""
+def judge(report: str, limit: int | None) -> list[str]:
+    """The lines of a ptxas report that forbid the object; limit: bytes of spill, None for any."""
     bad, function = [], "?"
     for line in report.splitlines():
         if SERIALISED.search(line):
@@ -29,8 +30,8 @@ def judge(report: str, no_spill: bool) -> list[str]:
         if found:
             function = found.group(1)
         frame = FRAME.search(line)
-        if frame and no_spill and any(int(n) for n in frame.groups()):
-            bad.append(f"{function}: {line.strip()} (the source says: no-spill)")
+        if frame and limit is not None and any(int(n) > limit for n in frame.groups()):
+            bad.append(f"{function}: {line.strip()} (the source says: at most {limit})")
     return bad
 
 
@@ -52,8 +53,8 @@ def main() -> int:
         return run.returncode
     sys.stderr.write("".join(l for l in lines if not INFO.search(l) or SERIALISED.search(l)))
     pathlib.Path(output + ".ptxas").write_text(run.stdout)
-    no_spill = NO_SPILL.search(pathlib.Path(source).read_text()) is not None
-    bad = judge(run.stdout, no_spill)
+    said = LIMIT.search(pathlib.Path(source).read_text())
+    bad = judge(run.stdout, int(said.group(1) or 0) if said else None)
     if not bad and "-Xptxas=-v" in command and "-c" in command and "ptxas info" not in run.stdout:
         bad = ["no report of ptxas was seen, although -Xptxas=-v was given"]
     for line in bad:

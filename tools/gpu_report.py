@@ -90,7 +90,10 @@ def judge_sanitizer(folder, tools):
         part["ok"] = part["ok"] and part["errors"] == 0
         ok = ok and part["ok"]
         result[tool] = part
-    return {"ok": ok, "tools": result}
+    # What the tool says of correct programs: it does not follow one lane's arrival for its warp.
+    handover = {how: sanitizer_errors(path.read_text(errors="replace"))
+                for how in ("one", "all", "named") if (path := folder / f"handover_{how}.log").exists()}
+    return {"ok": ok, "tools": result, "racecheck_hazards_of_handover": handover}
 
 
 def first_error(log):

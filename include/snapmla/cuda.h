@@ -34,6 +34,8 @@ struct DecodeShape {
   // true: a request is split by its own length alone, so that a row's bits do not depend on its
   // batch. false: work is spread evenly over the GPU, which is faster for few or ragged requests.
   bool deterministic = false;
+
+  friend bool operator==(const DecodeShape&, const DecodeShape&) = default;
 };
 
 // Device memory, aligned to 256 bytes. One workspace serves one stream at a time.
@@ -51,9 +53,10 @@ std::int64_t decode_workspace_bytes(const DecodeShape& shape);
 void plan_decode(const DecodeShape& shape, const TensorView& cache_seqlens,
                  const Workspace& workspace, Stream stream);
 
-// Decode with the plan in `workspace`, which must have been made for the same shape and lengths.
-// args.num_splits is ignored: the plan decides. FP8 cache: pages of PageImage::kSwizzled128, or
-// kPlainRows with 16-byte aligned planes and strides. out: bf16 or f32.
+// Decode with the plan in `workspace`, which must have been made for the same shape and lengths:
+// the plan holds the lengths, args.cache_seqlens is not read again. A plan serves any number of
+// calls. args.num_splits is ignored: the plan decides. FP8 cache: pages of PageImage::kSwizzled128,
+// or kPlainRows with 16-byte aligned planes and strides. out: bf16 or f32.
 void mla_decode(const MlaDecodeArgs& args, const DecodeShape& shape, const Workspace& workspace,
                 Stream stream);
 

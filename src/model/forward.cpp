@@ -146,6 +146,7 @@ TensorView Forward::run(Step& step, std::span<const std::int32_t> tokens) {
   need(x_, n * width);
   const TensorView x = f32(x_, {n, width});
   ops::embed(ops_, {weights_.embed, place(ids_, tokens, {n}), x});
+  const ops::StepScope scope(ops_);
   for (std::int64_t layer = 0; layer < config_.num_hidden_layers; ++layer) {
     const LayerWeights& w = weights_.layers[sz(layer)];
     rms_norm(x_, w.attn_norm, config_.rms_norm_eps, n, width, normed_);

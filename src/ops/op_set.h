@@ -134,6 +134,11 @@ class OpSet {
   // in range.
   virtual Memory& memory() { return host_memory(); }
 
+  // Between the two, calls of mla_decode with the same cache_seqlens tensor find the same lengths
+  // in it: what follows from lengths alone need be made once, not once per layer.
+  virtual void begin_step() {}
+  virtual void end_step() noexcept {}
+
   virtual void quantize_q(const QuantizeQArgs& args) = 0;
   virtual void append_kv(const AppendKvArgs& args) = 0;
   virtual void fetch_dequant(const FetchDequantArgs& args) = 0;
@@ -150,6 +155,18 @@ class OpSet {
   virtual void add(const TensorView& x, const TensorView& y) = 0;  // y += x, [n, width] f32
   virtual void moe_route(const MoeRouteArgs& args) = 0;
   virtual void moe_ffn(const MoeFfnArgs& args) = 0;
+};
+
+// One step of a model: begin_step to end_step, whatever is thrown between.
+class StepScope {
+ public:
+  explicit StepScope(OpSet& ops) : ops_(ops) { ops_.begin_step(); }
+  ~StepScope() { ops_.end_step(); }
+  StepScope(const StepScope&) = delete;
+  StepScope& operator=(const StepScope&) = delete;
+
+ private:
+  OpSet& ops_;
 };
 
 }  // namespace snapmla::ops

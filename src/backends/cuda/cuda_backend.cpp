@@ -36,6 +36,12 @@ class CudaBackend final : public ops::OpSet {
   const char* name() const override { return "cuda"; }
   Memory& memory() override { return memory_; }
 
+  void begin_step() override { in_step_ = true; }
+  void end_step() noexcept override {
+    in_step_ = false;
+    planned_lengths_ = nullptr;
+  }
+
   void quantize_q(const QuantizeQArgs& args) override { cuda::quantize_q(args, stream_.get()); }
   void append_kv(const AppendKvArgs& args) override { cuda::append_kv(args, stream_.get()); }
   void fetch_dequant(const FetchDequantArgs& args) override {
@@ -62,6 +68,9 @@ class CudaBackend final : public ops::OpSet {
   OwnStream stream_;  // first: everything below uses it to its end
   DeviceMemory memory_;
   Buffer workspace_;
+  bool in_step_ = false;
+  const void* planned_lengths_ = nullptr;  // cache_seqlens that the workspace's plan is for
+  DecodeShape planned_;
   ExpertRunner experts_;
 };
 
@@ -77,11 +86,17 @@ void CudaBackend::mla_decode(const MlaDecodeArgs& args) {
   shape.max_pages = args.block_table.dim(1);
   shape.format = args.cache.format;
   shape.deterministic = true;
-  workspace_.grow(memory_, decode_workspace_bytes(shape));
+  const std::int64_t bytes = decode_workspace_bytes(shape);
+  if (bytes > workspace_.bytes()) planned_lengths_ = nullptr;
+  workspace_.grow(memory_, bytes);
   const Workspace workspace{workspace_.data(), workspace_.bytes()};
-  // Once per layer, although the plan is the same for all of a step: an operation knows nothing of
-  // its step, and a plan costs a few microseconds.
-  plan_decode(shape, args.cache_seqlens, workspace, stream_.get());
+  // Inside a step the plan of the first layer serves all.
+  if (planned_lengths_ == nullptr || planned_lengths_ != args.cache_seqlens.raw() ||
+      !(shape == planned_)) {
+    plan_decode(shape, args.cache_seqlens, workspace, stream_.get());
+    planned_lengths_ = in_step_ ? args.cache_seqlens.raw() : nullptr;
+    planned_ = shape;
+  }
   cuda::mla_decode(args, shape, workspace, stream_.get());
 }
 

@@ -391,11 +391,11 @@ __device__ __forceinline__ void init_barriers(SharedStorage& s) {
   for (int slot = 0; slot < 2; ++slot) {
     for (int g = 0; g < kGroups; ++g) {
       init(s.full[slot][g], 1);
-      init(s.empty[slot][g], 4);
+      init(s.empty[slot][g], 4 * ptx::kArrivingLanes);
     }
   }
-  init(s.query_full, 2);
-  init(s.query_empty, 8);
+  init(s.query_full, 2 * ptx::kArrivingLanes);
+  init(s.query_empty, 8 * ptx::kArrivingLanes);
   ptx::fence_mbarrier_init();
 }
 

@@ -17,8 +17,7 @@ __device__ __forceinline__ void wait(std::uint64_t& barrier, std::uint32_t parit
 
 // All lanes of the warp are done with what the barrier guards.
 __device__ __forceinline__ void arrive_warp(std::uint64_t& barrier) {
-  __syncwarp();
-  if ((threadIdx.x & 31) == 0) ptx::mbarrier_arrive(ptx::shared_address(&barrier));
+  ptx::mbarrier_arrive_warp(ptx::shared_address(&barrier));
 }
 
 // Pages [first, end) of the request that an item covers.

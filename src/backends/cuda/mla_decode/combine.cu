@@ -5,6 +5,7 @@
 //
 // kWarps warps share a row: each takes every kWarps-th split, a lane 16 of the 512 dims. One warp
 // per row is best for many rows with few splits, a whole CTA for a single long request.
+// PTXAS: no-spill
 #include <algorithm>
 
 #include "backends/cuda/launch.h"

@@ -4,6 +4,7 @@
 //
 // A CTA takes one block of 8 rows x 64 dims of a request: four groups of 128 threads, each every
 // fourth split, then the groups meet.
+// PTXAS: no-spill
 #include <algorithm>
 
 #include "backends/cuda/launch.h"
@@ -21,7 +22,7 @@ constexpr int kWeighed = 128;  // splits whose weights fit in shared memory at a
 constexpr int kAhead = 4;      // partial results in flight per thread
 
 struct Shared {
-  float maximum[kThreads / 32][8];
+  float maximum[kThreads / 32][8], row_maximum[8];
   float weight[kWeighed][8];
   float4 o[kGroups - 1][128];
   float2 sum[kGroups - 1][128];
@@ -126,7 +127,7 @@ __device__ void combine_block(const DecodeParams& p, Shared& s, int request,
     s.o[group - 1][thread] = o;
     s.sum[group - 1][thread] = sum;
   }
-  if (group == 0 && (thread >> 3) == 0) s.maximum[0][thread] = maximum;
+  if (threadIdx.x < 8) s.row_maximum[threadIdx.x] = maximum;
   __syncthreads();
   if (group == 0) {
 #pragma unroll
@@ -147,7 +148,7 @@ __device__ void combine_block(const DecodeParams& p, Shared& s, int request,
         const RowPlace at(first_row + e, p.heads_q);
         p.lse[request * p.lse_batch_stride + at.head * p.lse_head_stride +
               at.token * p.lse_token_stride] =
-            l == 0.0f ? -INFINITY : 0.69314718055994530942f * (s.maximum[0][2 * t + e] + log2f(l));
+            l == 0.0f ? -INFINITY : 0.69314718055994530942f * (s.row_maximum[2 * t + e] + log2f(l));
       }
     }
   }

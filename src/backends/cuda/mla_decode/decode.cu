@@ -194,7 +194,6 @@ void mla_decode(const MlaDecodeArgs& a, const DecodeShape& shape, const Workspac
   }
   p.block_table = a.block_table.data<std::int32_t>();
   p.table_stride = a.block_table.stride(0);
-  p.cache_seqlens = a.cache_seqlens.data<std::int32_t>();
   p.out = a.out.raw();
   p.out_stride = row_strides("out", a.out, 16);
   p.out_f32 = a.out.dtype() == DType::kF32;

@@ -71,9 +71,8 @@ struct DecodeParams {
   const std::uint8_t* kv_scale;  // null unless FP8
   std::int64_t latent_page_stride, rope_page_stride, scale_page_stride;
 
-  const std::int32_t* block_table;    // [batch, table_stride]
-  std::int64_t table_stride;          // elements
-  const std::int32_t* cache_seqlens;  // [batch]
+  const std::int32_t* block_table;  // [batch, table_stride]
+  std::int64_t table_stride;        // elements
 
   void* out;  // bf16 or f32
   RowStrides out_stride;

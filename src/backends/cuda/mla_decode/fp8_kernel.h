@@ -27,6 +27,7 @@
 
 #include "backends/cuda/mla_decode/fp8_load.h"
 #include "backends/cuda/mla_decode/fp8_score.h"
+#include "backends/cuda/mla_decode/fp8_score_few.h"
 #include "backends/cuda/mla_decode/fp8_values.h"
 #include "backends/cuda/ptx/barrier.h"
 #include "backends/cuda/ptx/pdl.h"
@@ -46,14 +47,15 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const int part = static_cast<int>(blockIdx.x) / p.row_tiles;
   const int row_begin = (static_cast<int>(blockIdx.x) % p.row_tiles) * kRowTile;
   if (thread == 0) {
-    const auto init = [](std::uint64_t& barrier, int arrivals) {
-      mbarrier_init(shared_address(&barrier), static_cast<std::uint32_t>(arrivals));
+    const auto init = [](std::uint64_t& barrier, int warps, int threads = 0) {
+      mbarrier_init(shared_address(&barrier),
+                    static_cast<std::uint32_t>(warps * kArrivingLanes + threads));
     };
     for (int slot = 0; slot < 2; ++slot) {
       for (int group = 0; group < kGroups; ++group) {
         const bool rope = group == kRopeGroup;
-        init(s.k_full[slot][group], rope ? 2 : 1);    // the copies; the token factors
-        init(s.k_empty[slot][group], rope ? 4 : 12);  // the score warps; the PV warps
+        init(s.k_full[slot][group], rope ? 1 : 0, 1);  // the token factors; the copies
+        init(s.k_empty[slot][group], rope ? 4 : 12);   // the score warps; the PV warps
       }
       init(s.p_full[slot], 4);
       init(s.p_empty[slot], 8);
@@ -83,7 +85,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   } else if (warpgroup == 1) {
     if constexpr (Traits::kScoreRegisters > 128) setmaxnreg_inc<Traits::kScoreRegisters>();
     if constexpr (Traits::kScoreRegisters < 128) setmaxnreg_dec<Traits::kScoreRegisters>();
-    score<Traits>(p, s, items, row_begin);
+    if constexpr (Traits::kTransposedScores) {
+      score_few<Traits>(p, s, items, row_begin);
+    } else {
+      score<Traits>(p, s, items, row_begin);
+    }
   } else {
     setmaxnreg_inc<Traits::kPvRegisters>();
     accumulate_values<Traits>(p, s, items, row_begin, warpgroup - 2);

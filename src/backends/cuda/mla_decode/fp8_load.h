@@ -115,15 +115,23 @@ __device__ void make_factors(const DecodeParams& p, Storage& s, PartItems items)
       wait(s.p_full[buffer], turn.phase() ^ 1);
       *reinterpret_cast<float4*>(&s.token_scale[buffer][lane * 4]) =
           make_float4(scale[0], scale[1], scale[2], scale[3]);
+      // A bad token reaches the rows that see it through its score; those that do not must not meet
+      // its NaN here.
+      const auto factor = [&](int e) {
+        return scale[e] > 0.0f ? __fdividef(smallest, scale[e]) : 0.0f;
+      };
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
-        const float s0 = scale[2 * pair], s1 = scale[2 * pair + 1];
-        const int t = (lane & 1) * 2 + pair;
-        // A bad token reaches the rows that see it through its score; those that do not must not
-        // meet its NaN here.
-        s.sum_factors[buffer][t][lane >> 1] =
-            cvt_f16x2(s0 > 0.0f ? __fdividef(smallest, s0) : 0.0f,
-                      s1 > 0.0f ? __fdividef(smallest, s1) : 0.0f);
+        const std::uint32_t two = cvt_f16x2(factor(2 * pair), factor(2 * pair + 1));
+        if constexpr (Traits::kTransposedScores) {  // tokens j, j + 8 of each sixteen together
+          auto* halves = reinterpret_cast<std::uint16_t*>(s.sum_factors[buffer]);
+          const int j = (lane & 1) * 4 + 2 * pair;
+          std::uint16_t* at = halves + ((lane >> 2) * 8 + j) * 2 + ((lane >> 1) & 1);
+          at[0] = static_cast<std::uint16_t>(two);
+          at[2] = static_cast<std::uint16_t>(two >> 16);
+        } else {  // [t][n]: tokens 8n + 2t, + 1
+          s.sum_factors[buffer][(lane & 1) * 2 + pair][lane >> 1] = two;
+        }
       }
       if (lane % (Traits::kPBlock / 4) == 0)
         s.sum_norm[buffer][lane * 4 / Traits::kPBlock] = 1.0f / smallest;

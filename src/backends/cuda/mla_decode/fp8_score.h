@@ -1,4 +1,5 @@
-// Warpgroup 1 of the FP8 decode kernel: scores, online softmax, P.
+// Warpgroup 1 of the FP8 decode kernel: scores, online softmax, P. For more than 32 rows; see
+// fp8_score_few.h for fewer.
 #pragma once
 
 #include "backends/cuda/mla_decode/fp8_storage.h"
@@ -197,7 +198,22 @@ __device__ __forceinline__ void quantize_block(Storage& s, int buffer, int block
   lane.sum[1] = fmaf(sum[1], sigma[1] * norm, lane.sum[1]);
 }
 
-// l and lse of a finished item; 1 / l goes to the PV warps.
+// l and lse of a finished row; 1 / l goes to the PV warps.
+template <class Storage>
+__device__ __forceinline__ void finish_row(const DecodeParams& p, Storage& s,
+                                           const DecodeItem* item, int buffer, float l,
+                                           float reference, int row, int row_begin) {
+  s.inverse_sum[buffer][row_float(row)] = l == 0.0f ? 0.0f : 1.0f / l;
+  const float lse2 = l == 0.0f ? -INFINITY : reference + log2f(l);
+  const std::int64_t offset = s.lse_offset[row];
+  if (offset < 0) return;
+  if (item->slot >= 0) {
+    p.plan.lse_accum[static_cast<std::int64_t>(item->slot) * p.rows + row_begin + row] = lse2;
+  } else if (p.lse) {
+    p.lse[item->request * p.lse_batch_stride + offset] = lse2 * 0.69314718055994530942f;
+  }
+}
+
 template <class Storage>
 __device__ __noinline__ void finish_rows(const DecodeParams& p, Storage& s, const DecodeItem* item,
                                          int buffer, float sum0, float sum1, float reference0,
@@ -208,17 +224,8 @@ __device__ __noinline__ void finish_rows(const DecodeParams& p, Storage& s, cons
     float l = sums[r];
     l += __shfl_xor_sync(~0u, l, 1);
     l += __shfl_xor_sync(~0u, l, 2);
-    if ((threadIdx.x & 3) != 0) continue;
-    s.inverse_sum[buffer][row_float(row + 8 * r)] = l == 0.0f ? 0.0f : 1.0f / l;
-    const float lse2 = l == 0.0f ? -INFINITY : references[r] + log2f(l);
-    const std::int64_t offset = s.lse_offset[row + 8 * r];
-    if (offset < 0) continue;
-    if (item->slot >= 0) {
-      p.plan.lse_accum[static_cast<std::int64_t>(item->slot) * p.rows + row_begin + row + 8 * r] =
-          lse2;
-    } else if (p.lse) {
-      p.lse[item->request * p.lse_batch_stride + offset] = lse2 * 0.69314718055994530942f;
-    }
+    if ((threadIdx.x & 3) == 0)
+      finish_row(p, s, item, buffer, l, references[r], row + 8 * r, row_begin);
   }
 }
 
@@ -270,13 +277,8 @@ __device__ void score(const DecodeParams& p, Storage& s, PartItems items, int ro
       wait(s.p_empty[buffer], turn.phase() ^ 1);
       wgmma_wait<0>();
       pin_registers(scores);
-      __syncwarp();
-      if ((thread & 31) == 0) {
-#pragma unroll
-        for (int group = 0; group < kGroups; ++group)
-          mbarrier_arrive(shared_address(&s.k_empty[slot][group]));
-        if (tiles_left == 1) mbarrier_arrive(shared_address(&s.q_empty));
-      }
+      arrive_warp(s.k_empty[slot][0], s.k_empty[slot][1], s.k_empty[slot][2]);
+      if (tiles_left == 1) arrive_warp(s.q_empty);
       if (active) {
         const bool masked = first_token + kTileTokens > all_visible;
         float m[Traits::kBlocks][2];
@@ -296,8 +298,7 @@ __device__ void score(const DecodeParams& p, Storage& s, PartItems items, int ro
           reinterpret_cast<std::uint8_t*>(&s.rescale_flags[buffer])[thread >> 5] = moved ? 1 : 0;
         fence_proxy_async_shared();
       }
-      __syncwarp();
-      if ((thread & 31) == 0) mbarrier_arrive(shared_address(&s.p_full[buffer]));
+      arrive_warp(s.p_full[buffer]);
     }
     // After the last P, so that PV need not wait for it.
     if (active)

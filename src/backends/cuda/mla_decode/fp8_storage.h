@@ -20,6 +20,7 @@ struct Fp8DecodeTraits {
   static_assert(kRows == 16 || kRows == 32 || kRows == 64, "PV width is 16, 32 or 64 rows");
   static_assert(kPBlock == 64 || kPBlock == 128, "P is quantised per 64 or 128 tokens");
   static constexpr int kBlocks = kTileTokens / kPBlock;  // P blocks of a tile
+  static constexpr bool kTransposedScores = kRows < 64;  // fp8_score_few.h
   static constexpr int kStages = 2;
   static constexpr int kThreads = 512;
   // Registers per thread: 128 * (24 + scores + 2 * pv) = 65,536 at most. With fewer rows O is
@@ -47,17 +48,21 @@ struct alignas(1024) Fp8SharedStorage {
   static constexpr int kStages = Traits::kStages, kBlocks = Traits::kBlocks;
   std::uint8_t query[kChunks][kQueryChunkBytes];     // chunk 4: rope
   std::uint8_t keys[kStages][kChunks][kChunkBytes];  // chunk 4: rope
-  std::uint8_t p[2][64 * 128];                       // [row][128 tokens] e4m3, swizzled
+  std::uint8_t p[2][Traits::kRows * 128];            // [row][128 tokens] e4m3, swizzled
   float token_scale[2][kTileTokens];                 // s of each token, 0 past the end, NaN if bad
-  std::uint32_t sum_factors[2][4][16];               // [t][n]: f16x2 s_min / s of those tokens
+  // f16 s_min / s of each token, as the score warps read it: see make_factors.
+  std::uint32_t sum_factors[2][4][16];
   float sigma[2][kBlocks][kRowFloats];
   float rescale[2][kRowFloats];
   float inverse_sum[4][kRowFloats];                 // 1 / l, by item: PV may be three items behind
   float merge_weight[2][kMergeSplits][kRowFloats];  // of each PV warpgroup, of the splits it merges
   int arrived[2];                                   // of each PV warpgroup, read by one thread
-  float sum_norm[2][kBlocks];                       // 1 / s_min of the block
-  std::uint32_t rescale_flags[2];                   // byte w: score warp w moved a reference
-  int row_visible[64];                              // keys that each row sees, of the current item
+  // Few rows: maxima and sums of each row pair by warp: [n][t][warp].
+  alignas(16) float2 across[2][kBlocks][Traits::kTransposedScores ? Traits::kRows / 8 : 1][4][4];
+  alignas(16) float2 across_sum[Traits::kTransposedScores ? Traits::kRows / 8 : 1][4][4];
+  float sum_norm[2][kBlocks];      // 1 / s_min of the block
+  std::uint32_t rescale_flags[2];  // byte w: score warp w moved a reference
+  int row_visible[64];             // keys that each row sees, of the current item
   // Of each row; bytes from the request's start, -1 where there is no row.
   std::int64_t out_offset[64], scale_offset[64];
   std::int64_t lse_offset[64];  // elements
@@ -86,9 +91,9 @@ __device__ __forceinline__ int keep(int value) {
   return __shfl_sync(~0u, value, static_cast<int>(threadIdx.x & 31));
 }
 
-__device__ __forceinline__ void arrive_warp(std::uint64_t& barrier) {
-  __syncwarp();
-  if ((threadIdx.x & 31) == 0) mbarrier_arrive(shared_address(&barrier));
+template <class... Barriers>
+__device__ __forceinline__ void arrive_warp(Barriers&... barriers) {
+  mbarrier_arrive_warp(shared_address(&barriers)...);
 }
 
 __device__ __forceinline__ void wait(std::uint64_t& barrier, std::uint32_t phase) {

@@ -22,17 +22,16 @@ __device__ __forceinline__ void for_row_factors(const float* factors, int t, App
   }
 }
 
-// O / l. A row that saw no token has O = 0 and 1 / l = 0: V holds no NaN where it matters
-// (clear_tail).
+// O / l. Rows whose 1 / l is 0 saw no token: exactly 0, whatever O holds.
 template <class Traits>
 __device__ __forceinline__ void normalise(float (&o)[4][Traits::kRows / 2], const float* inverse) {
   for_row_factors<Traits::kRows>(inverse, threadIdx.x & 3, [&](int n, float f0, float f1) {
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
-      o[m][4 * n + 0] *= f0;
-      o[m][4 * n + 1] *= f1;
-      o[m][4 * n + 2] *= f0;
-      o[m][4 * n + 3] *= f1;
+      o[m][4 * n + 0] = f0 == 0.0f ? 0.0f : o[m][4 * n + 0] * f0;
+      o[m][4 * n + 1] = f1 == 0.0f ? 0.0f : o[m][4 * n + 1] * f1;
+      o[m][4 * n + 2] = f0 == 0.0f ? 0.0f : o[m][4 * n + 2] * f0;
+      o[m][4 * n + 3] = f1 == 0.0f ? 0.0f : o[m][4 * n + 3] * f1;
     }
   });
 }

@@ -1,4 +1,5 @@
 // One CTA computes the whole plan: costs, their prefix sums, and the items in order.
+// PTXAS: no-spill
 #include <algorithm>
 
 #include "backends/cuda/launch.h"

@@ -1,0 +1,68 @@
+// Does compute-sanitizer's racecheck follow a hand-over of shared memory through an mbarrier?
+//
+// One warp writes 32 words, another reads them. `handover one` is how the decode kernels do it:
+// __syncwarp orders the warp's writes before the arrival of its lane 0 (PTX memory model: barrier
+// synchronisation is morally strong, and the arrival releases what was observed before it), so the
+// program has no race. racecheck reports one all the same. `handover all`, where every lane
+// arrives, is clean: the build for racecheck (SNAPMLA_CUDA_RACECHECK) does that. `handover named`
+// hands over through a named barrier of two of the CTA's three warps.
+#include <cuda_runtime.h>
+
+#include <cstdio>
+#include <cstring>
+
+#include "backends/cuda/ptx/barrier.h"
+#include "backends/cuda/ptx/mbarrier.h"
+
+namespace ptx = snapmla::cuda::ptx;
+
+template <bool kAll>
+__global__ void handover(int* out) {
+  __shared__ int words[32];
+  __shared__ std::uint64_t barrier;
+  const std::uint32_t at = ptx::shared_address(&barrier);
+  const int lane = static_cast<int>(threadIdx.x & 31);
+  if (threadIdx.x == 0) ptx::mbarrier_init(at, kAll ? 32 : 1);
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    words[lane] = 3 * lane;
+    __syncwarp();
+    if (kAll || lane == 0) ptx::mbarrier_arrive(at);
+  } else {
+    ptx::mbarrier_wait(at, 0);
+    out[lane] = words[(lane * 7) & 31];
+  }
+}
+
+__global__ void handover_named(int* out) {
+  __shared__ int words[32];
+  const int lane = static_cast<int>(threadIdx.x & 31);
+  if (threadIdx.x >= 64) return;  // the third warp does something else
+  if (threadIdx.x < 32) words[lane] = 3 * lane;
+  ptx::barrier_sync(1, 64);
+  if (threadIdx.x >= 32) out[lane] = words[(lane * 7) & 31];
+}
+
+int main(int argc, char** argv) {
+  const char* how = argc == 2 ? argv[1] : "";
+  int *out = nullptr, words[32];
+  cudaMalloc(&out, sizeof words);
+  if (std::strcmp(how, "all") == 0) {
+    handover<true><<<1, 64>>>(out);
+  } else if (std::strcmp(how, "one") == 0) {
+    handover<false><<<1, 64>>>(out);
+  } else if (std::strcmp(how, "named") == 0) {
+    handover_named<<<1, 96>>>(out);
+  } else {
+    std::fprintf(stderr, "usage: handover one|all|named\n");
+    return 2;
+  }
+  const cudaError_t status = cudaMemcpy(words, out, sizeof words, cudaMemcpyDeviceToHost);
+  for (int lane = 0; lane < 32; ++lane) {
+    if (status != cudaSuccess || words[lane] != 3 * ((lane * 7) & 31)) {
+      std::fprintf(stderr, "wrong result: %s\n", cudaGetErrorString(status));
+      return 1;
+    }
+  }
+  return 0;
+}
