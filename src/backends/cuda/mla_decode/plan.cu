@@ -102,81 +102,159 @@ __device__ int length_of(const PlanArgs& a, int b) {
 
 __device__ int tiles_of(int length) { return (length + kTileTokens - 1) / kTileTokens; }
 
-// Piece boundaries of one request, given the cost before it.
-struct Pieces {
-  int count, first_part;
-  long long start, share;  // balanced: first tile's position; cost per part
+__device__ int cost_of(int tiles) { return tiles > 0 ? tiles + kItemCost : 0; }
+
+// How requests are cut. Stream: at every multiple of `share` of the batch's cost, wherever that
+// falls. Even: a request of more than `limit` tiles into equal pieces no longer than that, shorter
+// ones not at all; a piece goes to the part in which it begins. Deterministic: even, with a limit
+// that no batch changes.
+struct Cutting {
+  bool stream;
+  int limit;        // even
+  long long share;  // cost per part
 };
 
-__device__ Pieces pieces_of(const PlanArgs& a, int tiles, long long cost_before, long long share) {
-  if (tiles == 0) return {0, 0, 0, share};
-  if (a.deterministic)
-    return {(tiles + kTilesPerSplit - 1) / kTilesPerSplit, 0, cost_before, share};
+struct Pieces {
+  int count, cost;  // cost of all of them
+  int first_part;   // stream
+  long long start;  // stream: position of the first tile
+};
+
+__device__ Pieces pieces_of(const Cutting& how, int tiles, long long cost_before) {
+  if (tiles == 0) return {0, 0, 0, 0};
+  if (!how.stream) {
+    const int count = (tiles + how.limit - 1) / how.limit;
+    return {count, tiles + count * kItemCost, 0, 0};
+  }
   const long long start = cost_before + kItemCost;
-  const int first = static_cast<int>(start / share);
-  const int last = static_cast<int>((start + tiles - 1) / share);
-  return {last - first + 1, first, start, share};
+  const int first = static_cast<int>(start / how.share);
+  const int last = static_cast<int>((start + tiles - 1) / how.share);
+  return {last - first + 1, cost_of(tiles), first, start};
+}
+
+struct Piece {
+  int part, tile_begin, tile_end;
+};
+
+__device__ Piece piece_at(const PlanArgs& a, const Cutting& how, const Pieces& pieces, int tiles,
+                          long long cost_before, int i) {
+  if (!how.stream) {
+    const int even = tiles / pieces.count, longer = tiles % pieces.count;
+    const int begin = i * even + min(i, longer), end = begin + even + (i < longer ? 1 : 0);
+    const long long start = cost_before + begin + static_cast<long long>(i) * kItemCost;
+    return {static_cast<int>(min(start / how.share, static_cast<long long>(a.parts - 1))), begin,
+            end};
+  }
+  const int part = pieces.first_part + i;
+  const auto cut = [&](int boundary) {
+    return static_cast<int>(
+        min(max(boundary * how.share - pieces.start, 0ll), static_cast<long long>(tiles)));
+  };
+  return {part, cut(part), cut(part + 1)};
+}
+
+// Cost of the whole batch when it is cut by limit.
+__device__ long long even_total(const PlanArgs& a, const Cutting& how, Sums* scratch) {
+  Sums total{0, 0, 0};
+  for (int begin = 0; begin < a.batch; begin += kPlanThreads) {
+    const int tiles = tiles_of(length_of(a, begin + static_cast<int>(threadIdx.x)));
+    exclusive_scan({pieces_of(how, tiles, 0).cost, 0, 0}, total, scratch);
+  }
+  return total.cost;
+}
+
+__device__ long long share_of(const PlanArgs& a, long long total) {
+  return max(1ll, (total + a.parts - 1) / a.parts);
+}
+
+// A request that is cut at any place costs its parts a second start and a merge. Where even pieces
+// load no part by more than that, they are better; with few requests only few parts would pay it.
+// `load` and `most` are zero before and after.
+__device__ Cutting choose_cutting(const PlanArgs& a, Sums* scratch, int* load, int* most) {
+  const int thread = static_cast<int>(threadIdx.x);
+  Cutting stream{true, 0, 0};
+  Sums total{0, 0, 0};
+  for (int begin = 0; begin < a.batch; begin += kPlanThreads) {
+    const int cost = cost_of(tiles_of(length_of(a, begin + thread)));
+    exclusive_scan({cost, cost > 0 ? 1 : 0, 0}, total, scratch);
+  }
+  stream.share = share_of(a, total.cost);
+  // Few tiles: balance is all that counts. (More than an int holds: nobody has that many.)
+  if (stream.share < 8 * kCutCost || stream.share > 1 << 30) return stream;
+  Cutting even{false, static_cast<int>(stream.share) + kCutCost - kItemCost, 0};
+  even.share = share_of(a, even_total(a, even, scratch));
+  Sums base{0, 0, 0};
+  for (int begin = 0; begin < a.batch; begin += kPlanThreads) {
+    const int tiles = tiles_of(length_of(a, begin + thread));
+    const Pieces pieces = pieces_of(even, tiles, 0);
+    const Sums before = exclusive_scan({pieces.cost, 0, 0}, base, scratch);
+    for (int i = 0; i < pieces.count; ++i) {
+      const Piece piece = piece_at(a, even, pieces, tiles, before.cost, i);
+      atomicAdd(&load[piece.part], piece.tile_end - piece.tile_begin + kItemCost);
+    }
+  }
+  __syncthreads();
+  for (int part = thread; part < kMaxParts; part += kPlanThreads) {
+    atomicMax(most, load[part]);
+    load[part] = 0;
+  }
+  __syncthreads();
+  const int saved = kCutCost * min(a.parts, 2 * total.items) / a.parts;
+  return *most <= stream.share + saved ? even : stream;
 }
 
 __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanArgs a) {
   __shared__ Sums scratch[kPlanThreads / 32];
   __shared__ int part_end[kMaxParts];
+  __shared__ int most;
   const int thread = static_cast<int>(threadIdx.x);
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  // Total cost first: shares depend on it.
-  Sums total{0, 0, 0};
-  for (int begin = 0; begin < a.batch; begin += kPlanThreads) {
-    const int tiles = tiles_of(length_of(a, begin + thread));
-    exclusive_scan({tiles ? tiles + kItemCost : 0, 0, 0}, total, scratch);
-  }
-  const long long share = max(1ll, (total.cost + a.parts - 1) / a.parts);
   for (int part = thread; part < kMaxParts; part += kPlanThreads) part_end[part] = 0;
-  if (thread == 0) *a.view.num_merged = 0;
+  if (thread == 0) {
+    *a.view.num_merged = 0;
+    most = 0;
+  }
   __syncthreads();
+  Cutting how{false, kTilesPerSplit, 0};
+  if (a.deterministic) {
+    how.share = share_of(a, even_total(a, how, scratch));
+  } else {
+    how = choose_cutting(a, scratch, part_end, &most);
+  }
 
   Sums base{0, 0, 0}, cost_base{0, 0, 0};
   for (int begin = 0; begin < a.batch; begin += kPlanThreads) {
     const int b = begin + thread, length = length_of(a, b), tiles = tiles_of(length);
-    const Sums cost = exclusive_scan({tiles ? tiles + kItemCost : 0, 0, 0}, cost_base, scratch);
-    const Pieces pieces = pieces_of(a, tiles, cost.cost, share);
+    // In a stream the cost does not depend on how the request is cut, and elsewhere the cut not on
+    // the cost before.
+    const Sums cost = exclusive_scan(
+        {how.stream ? cost_of(tiles) : pieces_of(how, tiles, 0).cost, 0, 0}, cost_base, scratch);
+    const Pieces pieces = pieces_of(how, tiles, cost.cost);
     const Sums at =
         exclusive_scan({0, pieces.count, pieces.count > 1 ? pieces.count : 0}, base, scratch);
     if (b >= a.batch) continue;
+    const bool split = pieces.count > 1;
     a.view.split_begin[b] = at.slots;
     a.view.split_count[b] = pieces.count;
     if (pieces.count == 0 || pieces.count > max(1, a.merge_splits))
       a.view.merged[atomicAdd(a.view.num_merged, 1)] = b;
     for (int i = 0; i < pieces.count; ++i) {
-      int tile_begin, tile_end, part;
-      if (a.deterministic) {
-        const int even = tiles / pieces.count, longer = tiles % pieces.count;
-        tile_begin = i * even + min(i, longer);
-        tile_end = tile_begin + even + (i < longer ? 1 : 0);
-        part = static_cast<int>(
-            min((cost.cost + tile_begin) / share, static_cast<long long>(a.parts - 1)));
-      } else {
-        part = pieces.first_part + i;
-        const auto cut = [&](int boundary) {
-          return static_cast<int>(
-              min(max(boundary * share - pieces.start, 0ll), static_cast<long long>(tiles)));
-        };
-        tile_begin = cut(part);
-        tile_end = cut(part + 1);
-      }
+      const Piece piece = piece_at(a, how, pieces, tiles, cost.cost, i);
       const int index = at.items + i;
-      const bool split = pieces.count > 1;
-      a.view.items[index] = {b,
-                             tile_begin,
-                             tile_end,
-                             length,
-                             split ? at.slots + i : -1,
-                             split ? at.slots : 0,
-                             pieces.count,
-                             0};
-      atomicMax(&part_end[part], index + 1);
+      DecodeItem item{};
+      item.request = b;
+      item.tile_begin = piece.tile_begin;
+      item.tile_end = piece.tile_end;
+      item.length = length;
+      item.slot = split ? at.slots + i : -1;
+      item.first_slot = split ? at.slots : 0;
+      item.splits = pieces.count;
+      a.view.items[index] = item;
+      atomicMax(&part_end[piece.part], index + 1);
     }
   }
+  __syncthreads();
   for (int i = thread; i < base.slots * a.row_tiles * 2; i += kPlanThreads) a.view.arrivals[i] = 0;
   __syncthreads();
   // A part without items ends where the one before it ends: prefix maximum by one warp.

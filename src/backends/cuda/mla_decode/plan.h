@@ -1,9 +1,10 @@
 // The split plan on the device, and where it lies in the workspace.
 //
 // Balanced: the batch's tiles, request after request with kItemCost tiles of overhead each, are cut
-// into `parts` equal shares (stream-K). Deterministic: a request of n tiles is cut into
-// ceil(n / kTilesPerSplit) even pieces by its own length alone, and whole pieces are dealt to parts
-// in order, so that a row's bits do not depend on what else is in the batch.
+// into `parts` equal shares (stream-K), or, where that loads the parts nearly as evenly, each
+// request into equal pieces of at most about a share. Deterministic: a request of n tiles is cut
+// into ceil(n / kTilesPerSplit) equal pieces by its own length alone, and whole pieces are dealt to
+// parts in order, so that a row's bits do not depend on what else is in the batch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,7 +16,8 @@
 
 namespace snapmla::cuda {
 
-inline constexpr int kItemCost = 2;        // tiles that starting and ending an item cost, about
+inline constexpr int kItemCost = 2;  // tiles that starting and ending an item cost, about
+inline constexpr int kCutCost = 6;   // tiles that cutting a request costs the parts it lies in
 inline constexpr int kTilesPerSplit = 32;  // deterministic mode: 4096 tokens
 
 // Sizes that follow from a shape and the GPU's number of SMs.
