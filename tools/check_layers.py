@@ -14,6 +14,8 @@ ALLOWED["model"] = BACKEND | {"kv_cache"}
 # The engine holds the backend factory, the only place that names a backend.
 ALLOWED["engine"] = ALLOWED["model"] | {"model", "backends"}
 ALLOWED["backends"] = BACKEND
+# Measurements on a whole model, for the command line.
+ALLOWED["analysis"] = ALLOWED["engine"] - {"backends"} | {"engine"}
 
 
 def main() -> int:

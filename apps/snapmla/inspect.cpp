@@ -1,9 +1,10 @@
-// snapmla inspect: what a checkpoint is, and what its cache costs.
+// snapmla inspect: what a checkpoint is, and what its cache costs; with --cache what it holds.
 #include <cmath>
 #include <cstdio>
 #include <memory>
 
 #include "commands.h"
+#include "inspect_cache.h"
 #include "model/config.h"
 #include "model/safetensors.h"
 
@@ -79,30 +80,69 @@ int inspect(const std::string& dir, const std::vector<double>& memory_gib) {
 
 }  // namespace
 
+// The options of --cache, which are refused without it.
+void add_cache_options(CLI::App& command, InspectCacheFlags& flags, CLI::Option* cache) {
+  const auto add = [&](const char* name, auto& value, const char* type, const char* text) {
+    CLI::Option* option = command.add_option(name, value, text);
+    return option->type_name(type)->group("Cache analysis")->needs(cache);
+  };
+  CLI::Option* prompt = add("-p,--prompt", flags.prompt, "TEXT",
+                            "Text to run through the model (default: a built-in\n"
+                            "text of prose, code, a table and a ledger)");
+  add("-f,--file", flags.file, "FILE", "Or the text of a file")->excludes(prompt);
+  add("--tokens", flags.tokens, "N",
+      "Only the first N tokens of the text (default: all, at\n"
+      "most the model's context)")
+      ->check(integer_in(1));
+  add("-o,--output", flags.output, "FORM", "table, json or md (default: table)")
+      ->check(one_of({"table", "json", "md"}));
+  add("--svg", flags.svg, "FILE", "Draw the analysis as a picture too");
+  add("--kv-cache", flags.rows, "FORMAT",
+      "Rows before quantisation: f32, or rounded to bf16\n(default: f32)")
+      ->check(one_of({"f32", "bf16"}));
+  add("--device", flags.device, "NAME",
+      "What runs the model: auto, cpu, cuda or ref\n(default: auto)")
+      ->check(one_of({"auto", "cpu", "cuda", "ref"}));
+  add("-t,--threads", flags.threads, "N", "CPU threads (default: all there are)")
+      ->check(integer_in(1, kMaxThreads));
+}
+
 void register_inspect(CLI::App& app, int& status) {
   struct Flags {
-    std::string model;
+    bool analyse = false;
+    InspectCacheFlags cache;  // its model is the checkpoint in both cases
     std::vector<double> memory = {1, 8, 24, 80, 141};
   };
   auto flags = std::make_shared<Flags>();
   CLI::App* command =
-      app.add_subcommand("inspect", "Print what a checkpoint is and what its cache costs");
+      app.add_subcommand("inspect", "Print what a checkpoint is, what its cache costs and holds");
   command
-      ->add_option("-m,--model,model", flags->model,
+      ->add_option("-m,--model,model", flags->cache.model,
                    "Checkpoint directory (default: the shipped model)")
       ->type_name("DIR");
+  CLI::Option* cache =
+      command->add_flag("--cache", flags->analyse,
+                        "Analyse the cache of a text: ranges, outlier channels, error\n"
+                        "of each granularity of FP8, which parts are safe to quantise");
   command
       ->add_option("--memory", flags->memory,
                    "Sizes of cache memory to fill, separated by commas\n(default: 1,8,24,80,141)")
       ->delimiter(',')
       ->allow_extra_args(false)
       ->type_name("GIB")
-      ->check(number_in([](double x) { return x > 0 && x <= 1e9; }, "a number of GiB > 0"));
+      ->check(number_in([](double x) { return x > 0 && x <= 1e9; }, "a number of GiB > 0"))
+      ->excludes(cache);
+  add_cache_options(*command, flags->cache, cache);
   command->footer(
-      "Example:\n  snapmla inspect models/snapmla-20m --memory 0.5,16\n"
-      "Reads the headers of the weight files, not the weights.");
+      "Examples:\n"
+      "  snapmla inspect models/snapmla-20m --memory 0.5,16\n"
+      "  snapmla inspect --cache --svg cache.svg\n"
+      "  snapmla inspect --cache DIR -f text.txt --tokens 4096 -o json\n"
+      "Without --cache only the headers of the weight files are read.");
   command->callback([flags, &status] {
-    status = inspect(flags->model.empty() ? default_model() : flags->model, flags->memory);
+    const std::string& model = flags->cache.model;
+    status = flags->analyse ? inspect_cache(flags->cache)
+                            : inspect(model.empty() ? default_model() : model, flags->memory);
   });
 }
 

@@ -199,6 +199,7 @@ void Forward::attention(const Step& step, std::int64_t layer) {
              .with_stride(1, config_.qk_head_dim()),
          step.positions_view);
   append(step, w, layer);
+  if (observer_) observer_(layer, step.positions, f32(q_, {n, heads, config_.qk_head_dim()}));
   if (step.prefill) {
     prefill_attention(step, layer);
   } else {

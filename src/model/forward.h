@@ -12,8 +12,10 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "kv_cache/paged_cache.h"
@@ -24,6 +26,11 @@
 #include "tensor/memory.h"
 
 namespace snapmla::model {
+
+// Sees the queries of every layer when attention is about to use them. q is [tokens, heads, nope +
+// rope] f32 in the backend's memory, the rope part rotated; positions are the tokens'.
+using QueryObserver = std::function<void(
+    std::int64_t layer, std::span<const std::int32_t> positions, const TensorView& q)>;
 
 // Not thread-safe: it owns the scratch memory of a step. The references must outlive it.
 class Forward {
@@ -48,6 +55,9 @@ class Forward {
   // lm_head on rows of hidden states, as prefill and decode return them: [rows, hidden_size] ->
   // [rows, vocab_size] f32 on the host.
   void logits(const TensorView& hidden, std::vector<float>& out);
+
+  // For measurements; an empty observer ends them.
+  void observe_queries(QueryObserver observer) { observer_ = std::move(observer); }
 
  private:
   struct Step;  // what one call is about: positions, slots, and how attention runs
@@ -83,6 +93,7 @@ class Forward {
   ScaleMode scale_mode_;
   DecodeNumerics numerics_;
   std::int64_t max_positions_;
+  QueryObserver observer_;
   Buffer rope_table_;  // [max_positions, rope] f32 cos, sin pairs
 
   // Scratch in the backend's memory, [tokens, ...] f32 unless said otherwise.

@@ -138,7 +138,9 @@ TEST(Help, EveryCommandHasOneThatFitsTheScreen) {
        {"--prompt", "--chat", "--system", "--compare", "--max-tokens", "--temperature", "--top-p",
         "--kv-cache", "--device", "Sampling:", "Model:", "Examples:"}},
       {{"logits", "--help"}, {"--tokens", "@FILE", "--prompt", "--output", "--decode", "Example"}},
-      {{"inspect", "--help"}, {"--model", "--memory", "Example"}}};
+      {{"inspect", "--help"},
+       {"--model", "--memory", "--cache", "Cache analysis:", "--prompt", "--file", "--tokens",
+        "--output", "--svg", "--kv-cache", "--device", "--threads", "Examples:"}}};
   for (const auto& [args, words] : pages) {
     const Result r = snapmla(args);
     EXPECT_EQ(r.status, 0);
@@ -180,6 +182,14 @@ TEST(Usage, MistakesAreTwoLinesAndStatus2) {
       {{"logits", "--tokens", "0"}, "--output is required"},
       {{"logits", "--tokens", "0", "-o", "x", "--decode", "17"}, "--decode: got '17'"},
       {{"inspect", "--memory", "0"}, "--memory: got '0', accepted is a number of GiB > 0"},
+      {{"inspect", "--svg", "x.svg"}, "--svg requires --cache"},
+      {{"inspect", "-p", "x"}, "--prompt requires --cache"},
+      {{"inspect", "--cache", "--memory", "1"}, "--cache excludes --memory"},
+      {{"inspect", "--cache", "-p", "x", "-f", "y"}, "--prompt excludes --file"},
+      {{"inspect", "--cache", "--tokens", "0"}, "--tokens: got '0', accepted is an integer from 1"},
+      {{"inspect", "--cache", "-o", "csv"}, "--output: got 'csv', accepted are table, json, md"},
+      {{"inspect", "--cache", "--kv-cache", "fp8"},
+       "--kv-cache: got 'fp8', accepted are f32, bf16"},
   };
   for (const auto& [args, message] : mistakes) {
     const Result r = snapmla(args);
@@ -207,6 +217,7 @@ TEST(Output, ThatCannotBeWrittenIsAnError) {
   if (!std::filesystem::exists("/dev/full")) GTEST_SKIP() << "this machine has no /dev/full";
   const std::vector<std::vector<std::string>> commands = {
       {"inspect", "-m", shipped_model()},
+      {"inspect", "--cache", "-p", "import", "-m", shipped_model()},
       {"run", "-p", "import numpy as", "-n", "4", "-m", shipped_model()},
       {"run", "-p", "import numpy as", "-n", "4", "--compare", "-m", shipped_model()},
       {"run", "-p", "hello", "-n", "4", "--chat", "-m", shipped_model()},

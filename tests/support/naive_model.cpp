@@ -206,11 +206,19 @@ Rows NaiveModel::attention(const std::string& p, const Rows& x,
     expanded.push_back(apply(p + "kv_b_proj", latent));
     if (first) first->latent.push_back(latent);
     if (first) first->k_rope.push_back(rope);
+    if (first) {
+      Row& v = first->values.emplace_back();
+      for (std::size_t h = 0; h < heads; ++h) {
+        const auto begin = expanded.back().begin() + static_cast<std::ptrdiff_t>(h * up_dim + nope);
+        v.insert(v.end(), begin, begin + static_cast<std::ptrdiff_t>(v_dim));
+      }
+    }
     ropes.push_back(std::move(rope));
   }
   Rows result;
   for (std::size_t t = 0; t < x.size(); ++t) {
     Row mixed(heads * v_dim, 0.0);
+    if (first) first->scores.emplace_back();
     for (std::size_t h = 0; h < heads; ++h) {
       const double* q = &queries[t][h * q_dim];
       Row score;
@@ -220,6 +228,7 @@ Rows NaiveModel::attention(const std::string& p, const Rows& x,
                         (std::inner_product(q, q + nope, k, 0.0) +
                          std::inner_product(q + nope, q + q_dim, ropes[j].begin(), 0.0)));
       }
+      if (first) first->scores.back().push_back(score);
       const double top = *std::max_element(score.begin(), score.end());
       double sum = 0;
       for (double& s : score) sum += (s = std::exp(s - top));

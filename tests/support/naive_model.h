@@ -17,9 +17,11 @@ using Row = std::vector<double>;
 using Rows = std::vector<Row>;  // [tokens][width]
 
 struct NaiveResult {
-  Rows logits;                                     // [tokens][vocab_size]
-  std::vector<Rows> hidden;                        // [layers][tokens][hidden_size], block outputs
-  Rows latent, k_rope;                             // of layer 0, as cached: [tokens][512], [64]
+  Rows logits;               // [tokens][vocab_size]
+  std::vector<Rows> hidden;  // [layers][tokens][hidden_size], block outputs
+  Rows latent, k_rope;       // of layer 0, as cached: [tokens][512], [64]
+  std::vector<Rows> scores;  // of layer 0, before softmax: [tokens][heads][keys up to the token]
+  Rows values;               // of layer 0: [tokens][heads * v_head_dim]
   std::vector<std::vector<std::vector<int>>> ids;  // [layers][tokens][top_k]; dense: empty
   std::vector<Rows> weights;                       // beside ids
 };
