@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
+#include <nlohmann/json.hpp>
 
 #include "analysis/cache_probe.h"
 #include "base/thread_pool.h"
@@ -28,6 +29,17 @@ std::string text_of(const InspectCacheFlags& flags, std::string& name) {
   }
   name = "the built-in text";
   return kSampleText;
+}
+
+// tools/stress_copy.py leaves a note in config.json, which every report repeats.
+std::string stress_note(const std::string& dir) {
+  const auto config = nlohmann::json::parse(read_file(dir + "/config.json"), nullptr, false);
+  if (!config.is_object() || !config.contains("stress_copy")) return "";
+  const nlohmann::json& about = config["stress_copy"];
+  if (about.is_object() && about.contains("note") && about["note"].is_string()) {
+    return about["note"].get<std::string>();
+  }
+  return "A stress copy. Not natural data.";
 }
 
 // One line on a terminal's stderr that is drawn over, removed at the end.
@@ -73,6 +85,7 @@ CacheReport analyse(const InspectCacheFlags& flags) {
   CacheReport report;
   report.model = std::filesystem::weakly_canonical(dir).filename().string();
   report.rows = flags.rows;
+  report.note = stress_note(dir);
   const std::vector<std::int32_t> ids = tokens_of(flags, dir, report);
 
   Status status;

@@ -24,6 +24,7 @@ struct InspectCacheFlags {
 
 struct CacheReport {
   std::string model, backend, text, rows;
+  std::string note;  // what the checkpoint says of itself when it is a stress copy; else empty
   std::int64_t tokens = 0, text_tokens = 0;  // used, and in the whole text
   std::int64_t sampled_positions = 0, sampled_heads = 0;
   analysis::SafetyRule rule;

@@ -98,7 +98,7 @@ std::string cache_json(const CacheReport& report) {
          {"rope_errors", errors(analysis::kRopeSchemes, r.rope_errors, false, r.rope, report.rule)},
          {"layout_errors", by_layout}});
   }
-  const Json whole = {
+  Json whole = {
       {"model", report.model},
       {"device", report.backend},
       {"text", report.text},
@@ -112,6 +112,7 @@ std::string cache_json(const CacheReport& report) {
       {"schemes", schemes},
       {"layouts", layouts},
       {"layers", layers}};
+  if (!report.note.empty()) whole["note"] = report.note;
   return whole.dump(1, ' ', false, Json::error_handler_t::replace) + "\n";
 }
 

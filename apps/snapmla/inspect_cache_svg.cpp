@@ -19,7 +19,7 @@ using analysis::LayerResult;
 using analysis::PartStats;
 
 constexpr double kWidth = 1080, kLeft = 64, kGap = 84, kPanelWidth = 440;
-constexpr double kTop = 64, kPanelHeight = 190, kRowGap = 76;
+constexpr double kTop = 72, kPanelHeight = 190, kRowGap = 76;
 constexpr std::size_t kPanelRows = 5;
 constexpr int kChannelRows = 64;  // latent channels are drawn in groups of 8
 
@@ -326,6 +326,9 @@ std::string cache_svg(const CacheReport& report) {
                report.rows + " before quantisation; scores of " +
                std::to_string(report.sampled_positions) + " query positions x " +
                std::to_string(report.sampled_heads) + " heads. snapmla inspect --cache");
+  if (!report.note.empty()) {
+    svg.text(kLeft, 58, report.note, "fill=\"#cf222e\" font-weight=\"bold\"");
+  }
 
   draw_binades(put(0, 0), "Latent: elements per binade; median yellow, largest black", report,
                &LayerResult::latent);

@@ -196,7 +196,9 @@ std::string cache_tables(const CacheReport& report, bool markdown) {
   if (report.tokens < report.text_tokens) {
     text += " (which has " + std::to_string(report.text_tokens) + ")";
   }
-  text += "; rows in " + report.rows + " from " + report.backend + "\n\n";
+  text += "; rows in " + report.rows + " from " + report.backend + "\n";
+  if (!report.note.empty()) text += (markdown ? "\n" : "") + report.note + "\n";
+  text += "\n";
   const auto add = [&](const Table& table) { text += render(table, markdown); };
   add(ranges(report));
   const auto relative = [](const PartError& e) { return percent(e.relative_l2); };
