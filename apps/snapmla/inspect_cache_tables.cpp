@@ -92,6 +92,18 @@ Table ranges(const CacheReport& report) {
   return t;
 }
 
+Table score_spread(const CacheReport& report) {
+  Table t;
+  t.title = "Attention scores: standard deviation over a query's keys";
+  t.head = {"layer", "latent term", "RoPE term", "sum"};
+  for (std::size_t i = 0; i < report.layers.size(); ++i) {
+    const LayerResult& r = report.layers[i];
+    t.rows.push_back({std::to_string(i), number(r.score_std_latent), number(r.score_std_rope),
+                      number(r.score_std)});
+  }
+  return t;
+}
+
 // A line per layer, a column per scheme.
 template <class Schemes, class Cell>
 Table by_scheme(const CacheReport& report, const std::string& title, const Schemes& schemes,
@@ -201,6 +213,7 @@ std::string cache_tables(const CacheReport& report, bool markdown) {
   text += "\n";
   const auto add = [&](const Table& table) { text += render(table, markdown); };
   add(ranges(report));
+  add(score_spread(report));
   const auto relative = [](const PartError& e) { return percent(e.relative_l2); };
   const auto kl = [](const PartError& e) { return nats(e.score.kl_mean); };
   const auto rms = [](const PartError& e) { return number(e.score.rms); };

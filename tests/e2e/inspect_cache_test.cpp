@@ -40,8 +40,8 @@ TEST(InspectCache, WithoutATextHasOneOfItsOwn) {
   EXPECT_EQ(r.err, "");
   EXPECT_THAT(r.out, HasSubstr("Cache of snapmla-20m: 5 layers, 300 tokens of the built-in text "
                                "(which has 4401); rows in f32"));
-  // Magnitudes, four tables by layer: five lines each.
-  EXPECT_EQ(count(r.out, "\n4  "), 5u) << r.out;
+  // Magnitudes, spread of the scores, four tables of errors.
+  EXPECT_EQ(count(r.out, "\n4  "), 6u) << r.out;
   EXPECT_THAT(r.out, ContainsRegex("snapmla +A2 +token +bf16/scale +2\\.[0-9]+ +0\\.1"));
   EXPECT_THAT(r.out, ContainsRegex("\ntoken +safe +no: attention in [1-5] of 5\n"));
   EXPECT_THAT(r.out, ContainsRegex("\nbf16/scale +- +safe\n"));
@@ -82,7 +82,7 @@ TEST(InspectCache, JsonHasEverything) {
 TEST(InspectCache, MarkdownTables) {
   const Result r = inspect_cache({"-p", "import numpy as np\n", "-o", "md", "--kv-cache", "bf16"});
   ASSERT_EQ(r.status, 0) << r.err;
-  EXPECT_EQ(count(r.out, "\n### "), 12u);
+  EXPECT_EQ(count(r.out, "\n### "), 13u);
   EXPECT_THAT(r.out, HasSubstr("rows in bf16"));
   // Rows that are bf16 already lose nothing by it.
   EXPECT_THAT(r.out, ContainsRegex("### RoPE part: relative L2 error, %\n\n[^\n]*\n[^\n]*\n"
