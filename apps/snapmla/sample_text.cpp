@@ -1,5 +1,5 @@
-// What `snapmla inspect --cache` reads when it is given no text: prose, code with facts to find again,
-// a table to recall from and a ledger, the last three as the shipped model knows them
+// What `snapmla inspect --cache` reads when it is given no text: prose, code with facts to find
+// again, a table to recall from and a ledger, the last three as the shipped model knows them
 // (models/train/tasks.py, "dev" stream).
 #include "inspect_cache.h"
 
