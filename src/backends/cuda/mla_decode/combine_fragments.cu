@@ -1,6 +1,8 @@
 // Merges the FP8 kernel's partial results where a request has more splits than that kernel merges
-// itself, and writes empty requests. The mathematics of combine.cu; the data lies as fragments.h
-// says.
+// itself, and writes empty requests. With R_s, l_s and O_s of split s (fragments.h):
+//
+//   m = max_s R_s,  w_s = 2^(R_s - m),  O = sum_s w_s O_s / sum_s w_s l_s,
+//   lse = ln 2 (m + log2 sum_s w_s l_s);  no token: O = 0, lse = -inf
 //
 // A CTA takes one block of 8 rows x 64 dims of a request: four groups of 128 threads, each every
 // fourth split, then the groups meet.
@@ -23,7 +25,7 @@ constexpr int kAhead = 4;      // partial results in flight per thread
 
 struct Shared {
   float maximum[kThreads / 32][8], row_maximum[8];
-  float weight[kWeighed][8];
+  float weight[kWeighed][8], share[kWeighed][8];  // of O; of l
   float4 o[kGroups - 1][128];
   float2 sum[kGroups - 1][128];
 };
@@ -82,29 +84,31 @@ __device__ void combine_block(const DecodeParams& p, Shared& s, int request,
 
   // Thread i weighs row i % 8 of splits i / 8, + 64, ...
   const int row = b.row_begin + 8 * b.n + (static_cast<int>(threadIdx.x) & 7);
-  const auto lse_of = [&](int split) {
-    return split < count && row < p.rows
-               ? p.plan.lse_accum[static_cast<std::int64_t>(first + split) * p.rows + row]
-               : -INFINITY;
+  const auto state_of = [&](int split) {
+    return split < count && row < p.rows ? *row_state(p, first + split, row)
+                                         : RowState{kNoReference, 0.0f};
   };
-  float maximum = -INFINITY;
+  float maximum = kNoReference;
   for (int split = static_cast<int>(threadIdx.x) >> 3; split < count; split += kThreads / 8)
-    maximum = fmaxf(maximum, lse_of(split));
+    maximum = fmaxf(maximum, state_of(split).reference);
   maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 8));
   maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 16));
   if ((threadIdx.x & 31) < 8) s.maximum[threadIdx.x >> 5][threadIdx.x & 7] = maximum;
   __syncthreads();
 #pragma unroll
   for (int w = 0; w < kThreads / 32; ++w) maximum = fmaxf(maximum, s.maximum[w][threadIdx.x & 7]);
-  if (maximum == -INFINITY) maximum = 0.0f;  // all empty, or NaN, which must reach the output
 
   const int t = thread & 3;
   float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   float2 sum = make_float2(0.0f, 0.0f);
   for (int begin = 0; begin < count; begin += kWeighed) {
     if (begin > 0) __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x) >> 3; i < kWeighed; i += kThreads / 8)
-      s.weight[i][threadIdx.x & 7] = ptx::ex2_approx_ftz(lse_of(begin + i) - maximum);
+    for (int i = static_cast<int>(threadIdx.x) >> 3; i < kWeighed; i += kThreads / 8) {
+      const RowState state = state_of(begin + i);
+      const float weight = ptx::ex2_approx_ftz(state.reference - maximum);
+      s.weight[i][threadIdx.x & 7] = weight;
+      s.share[i][threadIdx.x & 7] = weight * state.sum;  // NaN in any l reaches the output
+    }
     __syncthreads();
     const int end = min(count, begin + kWeighed);
     for (int split = begin + group; split < end; split += kAhead * kGroups) {
@@ -118,8 +122,9 @@ __device__ void combine_block(const DecodeParams& p, Shared& s, int request,
         o.y = fmaf(w.y, x[k].y, o.y);
         o.z = fmaf(w.x, x[k].z, o.z);
         o.w = fmaf(w.y, x[k].w, o.w);
-        sum.x += w.x;
-        sum.y += w.y;
+        const float2 l = *reinterpret_cast<const float2*>(&s.share[at - begin][2 * t]);
+        sum.x += l.x;
+        sum.y += l.y;
       }
     }
   }

@@ -47,8 +47,9 @@ struct DecodePlanView {
   std::int32_t* merged;       // [batch] those requests, in no order
   std::int32_t* arrivals;     // [max_slots, row_tiles, 2] of a request's first slot, by half of the
                               // output dims: how many partial results are there; 0 between launches
-  float* out_accum;           // [max_slots, slot_rows, 512] f32, normalised per split
-  float* lse_accum;           // [max_slots, rows] f32, base 2
+  // Partial results. BF16: O / l and lse (base 2). FP8: O, as fragments.h says, and (R, l).
+  float* out_accum;  // [max_slots, slot_rows, 512] f32
+  float* lse_accum;  // [max_slots, rows] f32, FP8: [max_slots, rows, 2]
 };
 
 // Strides in bytes; a row r lies at token r / heads_q, head r % heads_q.

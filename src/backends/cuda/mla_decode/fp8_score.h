@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backends/cuda/mla_decode/fp8_storage.h"
+#include "backends/cuda/mla_decode/fragments.h"
 #include "backends/cuda/ptx/convert.h"
 #include "backends/cuda/ptx/fence.h"
 #include "backends/cuda/ptx/math.h"
@@ -57,9 +58,6 @@ template <class Storage>
 __device__ __forceinline__ float2 token_scales(Storage& s, int buffer, int n, int t) {
   return *reinterpret_cast<const float2*>(&s.token_scale[buffer][8 * n + 2 * t]);
 }
-
-// R before the first token: so low that any finite logit moves it, with factor 2^(R - m) = 0.
-inline constexpr float kNoReference = -1e30f;
 
 // y of one P block, in place. The token scales come from shared memory, which answers slowly beside
 // the tensor cores (its port is the scarcest resource of the kernel): the first eight pairs are
@@ -198,19 +196,20 @@ __device__ __forceinline__ void quantize_block(Storage& s, int buffer, int block
   lane.sum[1] = fmaf(sum[1], sigma[1] * norm, lane.sum[1]);
 }
 
-// l and lse of a finished row; 1 / l goes to the PV warps.
+// lse of a finished row, and 1 / l for the PV warps; of a split R and l.
 template <class Storage>
 __device__ __forceinline__ void finish_row(const DecodeParams& p, Storage& s,
                                            const DecodeItem* item, int buffer, float l,
                                            float reference, int row, int row_begin) {
-  s.inverse_sum[buffer][row_float(row)] = l == 0.0f ? 0.0f : 1.0f / l;
-  const float lse2 = l == 0.0f ? -INFINITY : reference + log2f(l);
   const std::int64_t offset = s.lse_offset[row];
-  if (offset < 0) return;
   if (item->slot >= 0) {
-    p.plan.lse_accum[static_cast<std::int64_t>(item->slot) * p.rows + row_begin + row] = lse2;
-  } else if (p.lse) {
-    p.lse[item->request * p.lse_batch_stride + offset] = lse2 * 0.69314718055994530942f;
+    if (offset >= 0) *row_state(p, item->slot, row_begin + row) = {reference, l};
+    return;
+  }
+  s.inverse_sum[buffer][row_float(row)] = l == 0.0f ? 0.0f : 1.0f / l;
+  if (p.lse && offset >= 0) {
+    p.lse[item->request * p.lse_batch_stride + offset] =
+        l == 0.0f ? -INFINITY : (reference + log2f(l)) * 0.69314718055994530942f;
   }
 }
 

@@ -54,9 +54,10 @@ struct alignas(1024) Fp8SharedStorage {
   std::uint32_t sum_factors[2][4][16];
   float sigma[2][kBlocks][kRowFloats];
   float rescale[2][kRowFloats];
-  float inverse_sum[4][kRowFloats];                 // 1 / l, by item: PV may be three items behind
-  float merge_weight[2][kMergeSplits][kRowFloats];  // of each PV warpgroup, of the splits it merges
-  int arrived[2];                                   // of each PV warpgroup, read by one thread
+  float inverse_sum[4][kRowFloats];  // 1 / l, by item: PV may be three items behind
+  float merge_weight[2][kMergeSplits + 1]
+                    [kRowFloats];  // of each PV warpgroup, of the splits it merges
+  int arrived[2];                  // of each PV warpgroup, read by one thread
   // Few rows: maxima and sums of each row pair by warp: [n][t][warp].
   alignas(16) float2 across[2][kBlocks][Traits::kTransposedScores ? Traits::kRows / 8 : 1][4][4];
   alignas(16) float2 across_sum[Traits::kTransposedScores ? Traits::kRows / 8 : 1][4][4];

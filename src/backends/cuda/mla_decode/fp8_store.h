@@ -22,26 +22,13 @@ __device__ __forceinline__ void for_row_factors(const float* factors, int t, App
   }
 }
 
-// O / l. Rows whose 1 / l is 0 saw no token: exactly 0, whatever O holds.
-template <class Traits>
-__device__ __forceinline__ void normalise(float (&o)[4][Traits::kRows / 2], const float* inverse) {
-  for_row_factors<Traits::kRows>(inverse, threadIdx.x & 3, [&](int n, float f0, float f1) {
-#pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      o[m][4 * n + 0] = f0 == 0.0f ? 0.0f : o[m][4 * n + 0] * f0;
-      o[m][4 * n + 1] = f1 == 0.0f ? 0.0f : o[m][4 * n + 1] * f1;
-      o[m][4 * n + 2] = f0 == 0.0f ? 0.0f : o[m][4 * n + 2] * f0;
-      o[m][4 * n + 3] = f1 == 0.0f ? 0.0f : o[m][4 * n + 3] * f1;
-    }
-  });
-}
-
-// Rows to `out`.
+// Rows to `out`, times `factors` (row_float). A factor of 0 is a row that saw no token: exactly 0,
+// whatever O holds.
 template <class Traits, class Storage>
 __device__ __forceinline__ void store_rows(const DecodeParams& p, Storage& s,
                                            const DecodeItem& item,
-                                           const float (&o)[4][Traits::kRows / 2], int half,
-                                           int row_begin) {
+                                           const float (&o)[4][Traits::kRows / 2],
+                                           const float* factors, int half, int row_begin) {
   const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3, t = lane & 3;
   const int dim = half * 256 + warp * 16 + 2 * (lane >> 2);
   std::uint8_t* base = static_cast<std::uint8_t*>(p.out) + item.request * p.out_stride.batch +
@@ -52,10 +39,12 @@ __device__ __forceinline__ void store_rows(const DecodeParams& p, Storage& s,
     for (int e = 0; e < 2; ++e) {
       const int row = 8 * n + 2 * t + e;
       if (row_begin + row >= p.rows) continue;
+      const float f = factors[t * 20 + 2 * n + e];
       std::uint8_t* to = base + s.out_offset[row];
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
-        const float x = o[m][4 * n + e], y = o[m][4 * n + 2 + e];
+        const float x = f == 0.0f ? 0.0f : o[m][4 * n + e] * f;
+        const float y = f == 0.0f ? 0.0f : o[m][4 * n + 2 + e] * f;
         if (p.out_f32) {
           *reinterpret_cast<float2*>(to + m * 256) = make_float2(x, y);
         } else {
@@ -66,29 +55,35 @@ __device__ __forceinline__ void store_rows(const DecodeParams& p, Storage& s,
   }
 }
 
-// Weights of the splits of each row, for the warpgroup's threads, and the row's lse.
+// What each split's O counts in the sum of each row, for the warpgroup's threads, and the row's
+// lse.
 template <class Traits, class Storage>
 __device__ __forceinline__ void weigh_splits(const DecodeParams& p, Storage& s,
-                                             const DecodeItem& item, int first, int count, int half,
-                                             int row_begin) {
+                                             const DecodeItem& item, int half, int row_begin) {
   const int row = threadIdx.x & 127, global_row = row_begin + row;
   if (row < Traits::kRows) {
-    float lse[kMergeSplits], weight[kMergeSplits], maximum = -INFINITY, sum = 0.0f;
+    RowState state[kMergeSplits];
+    float maximum = kNoReference, sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kMergeSplits; ++i) {
-      lse[i] = i < count && global_row < p.rows
-                   ? __ldcg(p.plan.lse_accum + static_cast<std::int64_t>(first + i) * p.rows +
-                            global_row)
-                   : -INFINITY;
-      maximum = fmaxf(maximum, lse[i]);
+      state[i] = {kNoReference, 0.0f};
+      if (i < item.splits && global_row < p.rows) {
+        const float2 pair =
+            __ldcg(reinterpret_cast<const float2*>(row_state(p, item.first_slot + i, global_row)));
+        state[i] = {pair.x, pair.y};
+      }
+      maximum = fmaxf(maximum, state[i].reference);
     }
-    if (maximum == -INFINITY) maximum = 0.0f;  // all empty, or NaN, which must reach the output
 #pragma unroll
-    for (int i = 0; i < kMergeSplits; ++i) sum += weight[i] = ex2_approx_ftz(lse[i] - maximum);
+    for (int i = 0; i < kMergeSplits; ++i) {
+      state[i].reference = ex2_approx_ftz(state[i].reference - maximum);
+      sum = fmaf(state[i].reference, state[i].sum, sum);  // NaN in any l reaches the output
+    }
     const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
 #pragma unroll
     for (int i = 0; i < kMergeSplits; ++i)
-      s.merge_weight[half][i][row_float(row)] = weight[i] * inverse;
+      s.merge_weight[half][i][row_float(row)] = state[i].reference * inverse;
+    s.merge_weight[half][kMergeSplits][row_float(row)] = 1.0f;
     if (half == 0 && p.lse && global_row < p.rows) {
       p.lse[item.request * p.lse_batch_stride + s.lse_offset[row]] =
           sum == 0.0f ? -INFINITY : 0.69314718055994530942f * (maximum + log2f(sum));
@@ -138,7 +133,7 @@ __device__ __forceinline__ bool merge_splits(const DecodeParams& p, Storage& s,
     if (s.arrived[half] != count - 1) return false;
   }
   if (thread == 0) *arrivals = 0;
-  weigh_splits<Traits>(p, s, item, first, count, half, row_begin);
+  weigh_splits<Traits>(p, s, item, half, row_begin);
   const int own = item.slot - first;
   const int one = own == 0 ? 1 : 0, two = own == 2 ? 1 : 2;  // the others, in order
   const float4* from_one = fragments<kRows>(p, first + one, row_begin, half) + thread;

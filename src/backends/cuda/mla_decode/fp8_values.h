@@ -186,9 +186,12 @@ __device__ void accumulate_values(const DecodeParams& p, Storage& s, PartItems i
       arrive_warp(s.p_empty[turn.slot()]);
       turn.next();
     }
-    normalise<Traits>(o, s.inverse_sum[n & 3]);
-    if (item->slot >= 0 && !merge_splits<Traits>(p, s, *item, o, half, row_begin)) continue;
-    store_rows<Traits>(p, s, *item, o, half, row_begin);
+    const float* factors = s.inverse_sum[n & 3];
+    if (item->slot >= 0) {
+      if (!merge_splits<Traits>(p, s, *item, o, half, row_begin)) continue;
+      factors = s.merge_weight[half][kMergeSplits];  // ones: the weights are in `o`
+    }
+    store_rows<Traits>(p, s, *item, o, factors, half, row_begin);
   }
 }
 

@@ -1,5 +1,5 @@
-// Partial results of the FP8 kernel: they lie as its accumulator fragments do, so that writer and
-// readers move 16 bytes per lane.
+// Partial results of the FP8 kernel: O without the division by l. They lie as its accumulator
+// fragments do, so that writer and readers move 16 bytes per lane.
 //
 // A partial result of one row tile and one half of the output dims is kRows x 256 floats, in blocks
 // of 8 rows x 64 dims: block (m, n) holds, for thread 32 w + 4 g + t of 128, rows 8n + 2t, + 1 and
@@ -16,6 +16,20 @@ __device__ __forceinline__ float4* fragments(const DecodeParams& p, int slot, in
   float* base =
       p.plan.out_accum + (static_cast<std::int64_t>(slot) * p.slot_rows + row_begin) * 512;
   return reinterpret_cast<float4*>(base + half * kRows * 256);
+}
+
+// R before the first token: so low that any finite logit moves it, with factor 2^(R - m) = 0.
+inline constexpr float kNoReference = -1e30f;
+
+// What a split's row has seen: R and l, so that O / l is its output and R + log2 l its lse in
+// base 2.
+struct RowState {
+  float reference, sum;
+};
+
+__device__ __forceinline__ RowState* row_state(const DecodeParams& p, int slot, int row) {
+  return reinterpret_cast<RowState*>(p.plan.lse_accum) + static_cast<std::int64_t>(slot) * p.rows +
+         row;
 }
 
 template <int kRows>

@@ -35,7 +35,7 @@ PlanSizes plan_sizes(const DecodeShape& shape, int num_sms) {
   s.split_count = take(shape.batch * 4);
   s.merged = take((shape.batch + 1) * 4);
   s.arrivals = take(s.max_items * s.row_tiles * 2 * 4);
-  s.lse_accum = take(s.max_items * s.rows * 4);
+  s.lse_accum = take(s.max_items * s.rows * 8);
   s.out_accum = take(s.max_items * s.slot_rows * kKvLoraRank * 4);
   s.total = at;
   return s;
