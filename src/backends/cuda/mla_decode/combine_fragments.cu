@@ -4,8 +4,9 @@
 //   m = max_s R_s,  w_s = 2^(R_s - m),  O = sum_s w_s O_s / sum_s w_s l_s,
 //   lse = ln 2 (m + log2 sum_s w_s l_s);  no token: O = 0, lse = -inf
 //
-// A CTA takes one block of 8 rows x 64 dims of a request: four groups of 128 threads, each every
-// fourth split, then the groups meet.
+// The work is cut into blocks of 8 rows x 64 dims. With few requests a CTA of four groups of 128
+// threads takes one block, each group every fourth split, and the groups meet; with many each group
+// takes a block of its own.
 // PTXAS: no-spill
 #include <algorithm>
 
@@ -20,14 +21,17 @@ namespace snapmla::cuda {
 namespace {
 
 constexpr int kThreads = 512, kGroups = kThreads / 128;
-constexpr int kWeighed = 128;  // splits whose weights fit in shared memory at a time
-constexpr int kAhead = 4;      // partial results in flight per thread
+constexpr int kAhead = 4;  // partial results in flight per thread
 
+// kSharing: groups that share a block.
+template <int kSharing>
 struct Shared {
-  float maximum[kThreads / 32][8], row_maximum[8];
-  float weight[kWeighed][8], share[kWeighed][8];  // of O; of l
-  float4 o[kGroups - 1][128];
-  float2 sum[kGroups - 1][128];
+  static constexpr int kBlocks = kGroups / kSharing;
+  static constexpr int kWeighed = 32 * kSharing;  // splits whose weights fit at a time
+  float maximum[kBlocks][kSharing * 4][8], row_maximum[kBlocks][8];
+  float weight[kBlocks][kWeighed][8], share[kBlocks][kWeighed][8];  // of O; of l
+  float4 o[kSharing][128];
+  float2 sum[kSharing][128];
 };
 
 // Block (row tile, half of the dims, m, n) of the CTA; see fragments.h.
@@ -62,13 +66,16 @@ __device__ void write(const DecodeParams& p, int request, int row, int dim, cons
   }
 }
 
-template <int kRows>
-__device__ void combine_block(const DecodeParams& p, Shared& s, int request,
-                              const Block<kRows>& b) {
+// Threads of a block: `sharer` of kSharing * 128, `place` in the CTA.
+template <int kRows, int kSharing>
+__device__ void combine_block(const DecodeParams& p, Shared<kSharing>& s, int request) {
+  constexpr int kSharers = kSharing * 128, kWeighed = Shared<kSharing>::kWeighed;
   const int count = p.plan.split_count[request], first = p.plan.split_begin[request];
   if (count > 0 && count <= p.merge_splits) return;  // written by the decode kernel
   const int thread = static_cast<int>(threadIdx.x) & 127;
-  const int group = static_cast<int>(threadIdx.x) >> 7;
+  const int sharer = static_cast<int>(threadIdx.x) % kSharers, group = sharer >> 7;
+  const int place = static_cast<int>(threadIdx.x) / kSharers;
+  const Block<kRows> b(static_cast<int>(blockIdx.x) * Shared<kSharing>::kBlocks + place);
   const float4* from =
       fragments<kRows>(p, first, b.row_begin, b.half) + fragment_at<kRows>(b.m, b.n) + thread;
   const std::int64_t split_stride = static_cast<std::int64_t>(p.slot_rows) * 128;  // float4
@@ -76,67 +83,67 @@ __device__ void combine_block(const DecodeParams& p, Shared& s, int request,
   const auto load = [&](int split) {
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
-      const int at = split + k * kGroups;
+      const int at = split + k * kSharing;
       if (at < count) x[k] = __ldcg(from + at * split_stride);
     }
   };
   load(group);  // the weights are made meanwhile
 
-  // Thread i weighs row i % 8 of splits i / 8, + 64, ...
-  const int row = b.row_begin + 8 * b.n + (static_cast<int>(threadIdx.x) & 7);
+  // Sharer i weighs row i % 8 of splits i / 8, + kSharers / 8, ...
+  const int own_row = sharer & 7, row = b.row_begin + 8 * b.n + own_row;
   const auto state_of = [&](int split) {
     return split < count && row < p.rows ? *row_state(p, first + split, row)
                                          : RowState{kNoReference, 0.0f};
   };
   float maximum = kNoReference;
-  for (int split = static_cast<int>(threadIdx.x) >> 3; split < count; split += kThreads / 8)
+  for (int split = sharer >> 3; split < count; split += kSharers / 8)
     maximum = fmaxf(maximum, state_of(split).reference);
   maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 8));
   maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 16));
-  if ((threadIdx.x & 31) < 8) s.maximum[threadIdx.x >> 5][threadIdx.x & 7] = maximum;
+  if ((sharer & 31) < 8) s.maximum[place][sharer >> 5][own_row] = maximum;
   __syncthreads();
 #pragma unroll
-  for (int w = 0; w < kThreads / 32; ++w) maximum = fmaxf(maximum, s.maximum[w][threadIdx.x & 7]);
+  for (int w = 0; w < kSharers / 32; ++w) maximum = fmaxf(maximum, s.maximum[place][w][own_row]);
+  if (sharer < 8) s.row_maximum[place][own_row] = maximum;
 
   const int t = thread & 3;
   float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   float2 sum = make_float2(0.0f, 0.0f);
   for (int begin = 0; begin < count; begin += kWeighed) {
     if (begin > 0) __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x) >> 3; i < kWeighed; i += kThreads / 8) {
+    for (int i = sharer >> 3; i < kWeighed && begin + i < count; i += kSharers / 8) {
       const RowState state = state_of(begin + i);
       const float weight = ptx::ex2_approx_ftz(state.reference - maximum);
-      s.weight[i][threadIdx.x & 7] = weight;
-      s.share[i][threadIdx.x & 7] = weight * state.sum;  // NaN in any l reaches the output
+      s.weight[place][i][own_row] = weight;
+      s.share[place][i][own_row] = weight * state.sum;  // NaN in any l reaches the output
     }
     __syncthreads();
     const int end = min(count, begin + kWeighed);
-    for (int split = begin + group; split < end; split += kAhead * kGroups) {
+    for (int split = begin + group; split < end; split += kAhead * kSharing) {
       if (split != group) load(split);
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) {
-        const int at = split + k * kGroups;
+        const int at = split + k * kSharing;
         if (at >= end) continue;
-        const float2 w = *reinterpret_cast<const float2*>(&s.weight[at - begin][2 * t]);
+        const float2 w = *reinterpret_cast<const float2*>(&s.weight[place][at - begin][2 * t]);
+        const float2 l = *reinterpret_cast<const float2*>(&s.share[place][at - begin][2 * t]);
         o.x = fmaf(w.x, x[k].x, o.x);
         o.y = fmaf(w.y, x[k].y, o.y);
         o.z = fmaf(w.x, x[k].z, o.z);
         o.w = fmaf(w.y, x[k].w, o.w);
-        const float2 l = *reinterpret_cast<const float2*>(&s.share[at - begin][2 * t]);
         sum.x += l.x;
         sum.y += l.y;
       }
     }
   }
-  if (group > 0) {
-    s.o[group - 1][thread] = o;
-    s.sum[group - 1][thread] = sum;
+  if constexpr (kSharing > 1) {
+    s.o[group][thread] = o;
+    s.sum[group][thread] = sum;
   }
-  if (threadIdx.x < 8) s.row_maximum[threadIdx.x] = maximum;
   __syncthreads();
   if (group == 0) {
 #pragma unroll
-    for (int g = 0; g < kGroups - 1; ++g) {
+    for (int g = 1; g < kSharing; ++g) {
       const float4 other = s.o[g][thread];
       o = make_float4(o.x + other.x, o.y + other.y, o.z + other.z, o.w + other.w);
       sum = make_float2(sum.x + s.sum[g][thread].x, sum.y + s.sum[g][thread].y);
@@ -153,28 +160,34 @@ __device__ void combine_block(const DecodeParams& p, Shared& s, int request,
         const RowPlace at(first_row + e, p.heads_q);
         p.lse[request * p.lse_batch_stride + at.head * p.lse_head_stride +
               at.token * p.lse_token_stride] =
-            l == 0.0f ? -INFINITY : 0.69314718055994530942f * (s.row_maximum[2 * t + e] + log2f(l));
+            l == 0.0f ? -INFINITY
+                      : 0.69314718055994530942f * (s.row_maximum[place][2 * t + e] + log2f(l));
       }
     }
   }
   __syncthreads();  // before the next request writes shared memory
 }
 
-// Few requests: blockIdx.y is one. Many: the plan's list of those that are left.
-template <int kRows, bool kList>
+// Few requests: grid (blocks, requests).
+template <int kRows>
 __global__ void __launch_bounds__(kThreads)
-    combine_fragments_kernel(const __grid_constant__ DecodeParams p) {
-  __shared__ Shared s;
+    combine_few_fragments_kernel(const __grid_constant__ DecodeParams p) {
+  __shared__ Shared<kGroups> s;
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  const Block<kRows> block(static_cast<int>(blockIdx.x));
-  if constexpr (kList) {
-    const int num_merged = *p.plan.num_merged;
-    for (int i = static_cast<int>(blockIdx.y); i < num_merged; i += static_cast<int>(gridDim.y))
-      combine_block<kRows>(p, s, p.plan.merged[i], block);
-  } else {
-    combine_block<kRows>(p, s, static_cast<int>(blockIdx.y), block);
-  }
+  combine_block<kRows, kGroups>(p, s, static_cast<int>(blockIdx.y));
+}
+
+// Many: grid (blocks / 4, some), over the plan's list of requests that are left.
+template <int kRows>
+__global__ void __launch_bounds__(kThreads)
+    combine_many_fragments_kernel(const __grid_constant__ DecodeParams p) {
+  __shared__ Shared<1> s;
+  ptx::griddepcontrol_wait();
+  ptx::griddepcontrol_launch_dependents();
+  const int num_merged = *p.plan.num_merged;
+  for (int i = static_cast<int>(blockIdx.y); i < num_merged; i += static_cast<int>(gridDim.y))
+    combine_block<kRows, 1>(p, s, p.plan.merged[i]);
 }
 
 template <int kRows>
@@ -182,12 +195,13 @@ void launch_rows(const DecodeParams& p, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>(p.row_tiles * 2 * 4 * (kRows / 8));
   const auto requests = static_cast<unsigned>(p.batch);
   if (requests <= 8) {
-    launch("combine", Ordering::kOverlap, combine_fragments_kernel<kRows, false>,
+    launch("combine", Ordering::kOverlap, combine_few_fragments_kernel<kRows>,
            dim3(blocks, requests), dim3(kThreads), 0, stream, p);
   } else {
     // Most requests are merged by the decode kernel, often all: few CTAs start sooner.
-    launch("combine", Ordering::kOverlap, combine_fragments_kernel<kRows, true>,
-           dim3(blocks, std::clamp(512u / blocks, 1u, requests)), dim3(kThreads), 0, stream, p);
+    const unsigned ctas = blocks / kGroups;
+    launch("combine", Ordering::kOverlap, combine_many_fragments_kernel<kRows>,
+           dim3(ctas, std::clamp(384u / ctas, 1u, requests)), dim3(kThreads), 0, stream, p);
   }
 }
 

@@ -180,7 +180,7 @@ __device__ Cutting choose_cutting(const PlanArgs& a, Sums* scratch, int* load, i
   }
   stream.share = share_of(a, total.cost);
   // Few tiles: balance is all that counts. (More than an int holds: nobody has that many.)
-  if (stream.share < 8 * kCutCost || stream.share > 1 << 30) return stream;
+  if (stream.share < 2 * kCutCost || stream.share > 1 << 30) return stream;
   Cutting even{false, static_cast<int>(stream.share) + kCutCost - kItemCost, 0};
   even.share = share_of(a, even_total(a, even, scratch));
   Sums base{0, 0, 0};
