@@ -13,6 +13,7 @@ ALLOWED["kv_cache"] = BACKEND
 ALLOWED["model"] = BACKEND | {"kv_cache"}
 # The engine holds the backend factory, the only place that names a backend.
 ALLOWED["engine"] = ALLOWED["model"] | {"model", "backends"}
+ALLOWED["quality"] = ALLOWED["model"] | {"model", "engine"}
 ALLOWED["backends"] = BACKEND
 # Measurements on a whole model, for the command line.
 ALLOWED["analysis"] = ALLOWED["engine"] - {"backends"} | {"engine"}

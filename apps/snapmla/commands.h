@@ -80,6 +80,7 @@ void register_run(CLI::App& app, int& status);
 void register_logits(CLI::App& app, int& status);
 void register_inspect(CLI::App& app, int& status);
 void register_bench(CLI::App& app, int& status);
+void register_eval(CLI::App& app, int& status);
 
 // What `snapmla` without a command does: the shipped model works through a ledger from a BF16 and
 // from an FP8 cache, and every line is checked.

@@ -68,6 +68,7 @@ int run(int argc, char** argv) {
   snapmla::app::register_logits(app, status);
   snapmla::app::register_inspect(app, status);
   snapmla::app::register_bench(app, status);
+  snapmla::app::register_eval(app, status);
   try {
     app.parse(argc, argv);
     if (app.get_subcommands().empty()) status = snapmla::app::run_demo();

@@ -10,9 +10,10 @@
 namespace snapmla::app {
 namespace {
 
-constexpr double kPatience = 0.25;  // seconds before the bar appears
-constexpr double kInterval = 0.1;   // seconds between two drawings
-constexpr int kWidth = 30;          // characters
+constexpr double kPatience = 0.25;    // seconds before the bar appears
+constexpr double kInterval = 0.1;     // seconds between two drawings
+constexpr double kLineInterval = 20;  // the same where a drawing is a line of its own
+constexpr int kWidth = 30;            // characters
 
 class Bar {
  public:
@@ -47,6 +48,39 @@ std::function<void(std::int64_t, std::int64_t)> load_progress() {
   return [bar = std::make_shared<Bar>()](std::int64_t done, std::int64_t total) {
     bar->update(done, total);
   };
+}
+
+WorkBar::WorkBar() : terminal_(isatty(STDERR_FILENO)) {}
+
+WorkBar::~WorkBar() {
+  if (shown_) std::fputs("\r\033[K", stderr);
+}
+
+void WorkBar::update(double done, double total, const std::string& what) {
+  const double elapsed = std::chrono::duration<double>(Clock::now() - start_).count();
+  if (first_done_ < 0) first_done_ = done;
+  if (done >= total || elapsed - drawn_ < (terminal_ ? kInterval : kLineInterval)) return;
+  drawn_ = elapsed;
+  // A part of the work may have been done by an earlier run.
+  const double rate = elapsed > 0 ? (done - first_done_) / elapsed : 0;
+  char left[48] = "";
+  if (rate > 0 && elapsed > kPatience) {
+    const auto seconds = static_cast<long long>((total - done) / rate);
+    if (seconds < 3600) {
+      std::snprintf(left, sizeof left, "%lld:%02lld left", seconds / 60, seconds % 60);
+    } else {
+      std::snprintf(left, sizeof left, "%lld h %02lld min left", seconds / 3600, seconds / 60 % 60);
+    }
+  }
+  if (!terminal_) {
+    std::fprintf(stderr, "%5.1f%%  %s  %s\n", 100 * done / total, what.c_str(), left);
+    return;
+  }
+  const auto full = static_cast<std::size_t>(done / total * kWidth);
+  const std::string bar = std::string(full, '#') + std::string(kWidth - full, '.');
+  std::fprintf(stderr, "\r[%s] %3.0f%%  %s  %s\033[K", bar.c_str(), 100 * done / total,
+               what.c_str(), left);
+  shown_ = true;
 }
 
 }  // namespace snapmla::app

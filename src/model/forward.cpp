@@ -155,6 +155,7 @@ TensorView Forward::run(Step& step, std::span<const std::int32_t> tokens) {
     rms_norm(x_, w.ffn_norm, config_.rms_norm_eps, n, width, normed_);
     ffn(w, n);  // leaves its result in out_
     ops::add(ops_, f32(out_, {n, width}), x);
+    if (layer_observer_) layer_observer_(layer, f32(proj_, {n, width}), x);
   }
   rms_norm(x_, weights_.final_norm, config_.rms_norm_eps, n, width, normed_);
   return f32(normed_, {n, width});

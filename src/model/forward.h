@@ -52,6 +52,13 @@ class Forward {
   TensorView decode(std::span<const SequencePages* const> sequences, int seqlen_q,
                     std::span<const std::int32_t> tokens);
 
+  // Called after every layer with the output of its attention (after o_proj, before it is added)
+  // and the hidden states it leaves, [tokens, hidden_size] f32 in the backend's memory, valid
+  // during the call. Empty: nobody looks.
+  using LayerObserver = std::function<void(std::int64_t layer, const TensorView& attention,
+                                           const TensorView& hidden)>;
+  void observe_layers(LayerObserver observer) { layer_observer_ = std::move(observer); }
+
   // lm_head on rows of hidden states, as prefill and decode return them: [rows, hidden_size] ->
   // [rows, vocab_size] f32 on the host.
   void logits(const TensorView& hidden, std::vector<float>& out);
@@ -94,6 +101,7 @@ class Forward {
   DecodeNumerics numerics_;
   std::int64_t max_positions_;
   QueryObserver observer_;
+  LayerObserver layer_observer_;
   Buffer rope_table_;  // [max_positions, rope] f32 cos, sin pairs
 
   // Scratch in the backend's memory, [tokens, ...] f32 unless said otherwise.

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "ops/study.h"
 #include "snapmla/kv_cache.h"
 #include "snapmla/mla.h"
 #include "snapmla/tensor.h"
@@ -155,6 +156,10 @@ class OpSet {
   virtual void add(const TensorView& x, const TensorView& y) = 0;  // y += x, [n, width] f32
   virtual void moe_route(const MoeRouteArgs& args) = 0;
   virtual void moe_ffn(const MoeFfnArgs& args) = 0;
+
+  // For study only (ops/study.h); kUnsupported on a backend that has none.
+  virtual void study_append(const StudyAppendArgs& args);
+  virtual void study_decode(const StudyDecodeArgs& args);
 };
 
 // One step of a model: begin_step to end_step, whatever is thrown between.

@@ -25,6 +25,8 @@ class CpuBackend final : public ops::OpSet {
   void add(const TensorView& x, const TensorView& y) override { cpu::add(x, y); }
   void moe_route(const ops::MoeRouteArgs& args) override { cpu::moe_route(args); }
   void moe_ffn(const ops::MoeFfnArgs& args) override { cpu::moe_ffn(pool_, args); }
+  void study_append(const ops::StudyAppendArgs& args) override { cpu::study_append(pool_, args); }
+  void study_decode(const ops::StudyDecodeArgs& args) override { cpu::study_decode(pool_, args); }
 
  private:
   ThreadPool pool_;

@@ -21,5 +21,7 @@ void copy_rows(const ops::CopyRowsArgs& args);
 void add(const TensorView& x, const TensorView& y);
 void moe_route(const ops::MoeRouteArgs& args);
 void moe_ffn(ThreadPool& pool, const ops::MoeFfnArgs& args);
+void study_append(ThreadPool& pool, const ops::StudyAppendArgs& args);
+void study_decode(ThreadPool& pool, const ops::StudyDecodeArgs& args);
 
 }  // namespace snapmla::cpu

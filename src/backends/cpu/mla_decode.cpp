@@ -9,6 +9,7 @@
 #include "backends/cpu/attention_kernels.h"
 #include "backends/cpu/cpu_ops.h"
 #include "backends/cpu/kernels.h"
+#include "backends/cpu/study.h"
 #include "numeric/softmax.h"
 #include "ops/element.h"
 #include "plan/split.h"
@@ -32,8 +33,15 @@ struct Scratch {
 
 class Decode {
  public:
-  explicit Decode(const MlaDecodeArgs& a)
-      : a_(a), seqlen_q_(a.q_latent.dim(1)), heads_(a.q_latent.dim(2)) {
+  // study: the page holds values instead of codes, and P is treated as it says.
+  explicit Decode(const MlaDecodeArgs& a, const ops::StudyNumerics* study = nullptr)
+      : a_(a),
+        study_(study),
+        p_block_(study ? study->p_block : a.numerics.p_block),
+        scaled_(study || a.cache.format == KvCacheFormat::kFp8),
+        quantise_(study ? study->quantise_p : scaled_),
+        seqlen_q_(a.q_latent.dim(1)),
+        heads_(a.q_latent.dim(2)) {
     const std::int64_t batch = a.q_latent.dim(0), rows = seqlen_q_ * heads_;
     for (std::int64_t b = 0; b < batch; ++b) {
       first_partial_.push_back(num_partials_);
@@ -86,7 +94,6 @@ class Decode {
   void attend(const Item& item) {
     thread_local Scratch s;
     const std::int64_t rows = seqlen_q_ * heads_, length = this->length(item.request);
-    const bool fp8 = a_.cache.format == KvCacheFormat::kFp8;
     const float unscale = latent_unscale(a_.cache.format);
     const std::int64_t partial =
         first_partial_[static_cast<std::size_t>(item.request)] + item.split * rows + item.first_row;
@@ -98,9 +105,9 @@ class Decode {
                  &s.queries[static_cast<std::size_t>(r * kKeyWidth)], unscale);
       block.factor[r] = row_factor(item.request, item.first_row + r);
     }
-    const plan::PageRange range = plan::split_pages(length, plan::num_splits(length, a_.num_splits),
-                                                    item.split, a_.numerics.p_block);
-    const std::int64_t step = a_.numerics.p_block / kPageSize;
+    const plan::PageRange range =
+        plan::split_pages(length, plan::num_splits(length, a_.num_splits), item.split, p_block_);
+    const std::int64_t step = p_block_ / kPageSize;
     for (std::int64_t page = range.begin; page < range.end; page += step) {
       const std::int64_t begin = page * kPageSize;
       const std::int64_t n = std::min(std::min(page + step, range.end) * kPageSize, length) - begin;
@@ -108,12 +115,11 @@ class Decode {
         const std::int64_t seen = length - seqlen_q_ + (item.first_row + r) / heads_ + 1 - begin;
         block.visible[r] = static_cast<std::int32_t>(std::clamp<std::int64_t>(seen, 0, n));
       }
-      read_block(item.request, begin, n, fp8, s);
+      read_block(item.request, begin, n, s);
       scores(s.queries.data(), kKeyWidth, block.rows, s.keys.data(), kKeyWidth, n, kKeyWidth, false,
              s.scores.data());
-      softmax(block, n, fp8 ? s.scale : nullptr, s.log2_scale, fp8, s.scores.data());
-      values(block, s.scores.data(), s.keys.data(), kKeyWidth, kKvLoraRank, unscale,
-             fp8 && !a_.numerics.two_level_accumulation, s.values.data(), out, kKvLoraRank);
+      softmax(block, n, scaled_ ? s.scale : nullptr, s.log2_scale, quantise_, s.scores.data());
+      add_values(block, s, unscale, out);
     }
     for (std::int64_t r = 0; r < item.num_rows; ++r, out += kKvLoraRank) {
       lse2_[static_cast<std::size_t>(partial + r)] = numeric::row_lse2(block.state[r]);
@@ -122,17 +128,35 @@ class Decode {
     }
   }
 
+  void add_values(const RowBlock& block, Scratch& s, float unscale, float* out) const {
+    using ops::Accumulation;
+    const Accumulation how = study_ ? study_->accumulation
+                             : scaled_ && !a_.numerics.two_level_accumulation
+                                 ? Accumulation::kOneLevel
+                                 : Accumulation::kTwoLevel;
+    if (how == Accumulation::kTwoLevel || how == Accumulation::kOneLevel) {
+      values(block, s.scores.data(), s.keys.data(), kKeyWidth, kKvLoraRank, unscale,
+             how == Accumulation::kOneLevel, s.values.data(), out, kKvLoraRank);
+    } else {
+      tensor_core_values(block, s.scores.data(), s.keys.data(), kKeyWidth,
+                         how == Accumulation::kTensorCoreOneLevel, out, kKvLoraRank);
+    }
+  }
+
   // Tokens [begin, begin + n) of a request to s.keys, and their scales.
-  void read_block(std::int64_t b, std::int64_t begin, std::int64_t n, bool fp8, Scratch& s) const {
+  void read_block(std::int64_t b, std::int64_t begin, std::int64_t n, Scratch& s) const {
     const std::int32_t* table = a_.block_table.row<std::int32_t>(b);
     for (std::int64_t t = 0; t < n; t += kPageSize) {
       const std::int64_t page = table[(begin + t) / kPageSize],
                          count = std::min<std::int64_t>(kPageSize, n - t);
-      load_keys(a_.cache, page, 0, count, &s.keys[static_cast<std::size_t>(t * kKeyWidth)]);
-      if (!fp8) continue;
-      for (std::int64_t j = 0; j < count; ++j) {
+      float* keys = &s.keys[static_cast<std::size_t>(t * kKeyWidth)];
+      load_keys(a_.cache, page, 0, count, keys);
+      if (!scaled_) continue;
+      for (std::int64_t j = 0; j < count; ++j, keys += kKeyWidth) {
         s.scale[t + j] = a_.cache.scale_plane(page)[j];
         s.log2_scale[t + j] = numeric::log2_scale(s.scale[t + j]);
+        if (!study_) continue;
+        for (std::int64_t d = 0; d < kKeyWidth; ++d) keys[d] /= s.scale[t + j];
       }
     }
   }
@@ -168,6 +192,9 @@ class Decode {
   }
 
   const MlaDecodeArgs& a_;
+  const ops::StudyNumerics* const study_;
+  const int p_block_;
+  const bool scaled_, quantise_;  // tokens have scales; P is rounded
   const std::int64_t seqlen_q_, heads_;
   std::vector<Item> items_;
   std::vector<std::int64_t> first_partial_;  // [batch + 1]
@@ -178,5 +205,9 @@ class Decode {
 }  // namespace
 
 void mla_decode(ThreadPool& pool, const MlaDecodeArgs& a) { Decode(a).run(pool); }
+
+void study_decode(ThreadPool& pool, const ops::StudyDecodeArgs& a) {
+  Decode(a.decode, &a.numerics).run(pool);
+}
 
 }  // namespace snapmla::cpu

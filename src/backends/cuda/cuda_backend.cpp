@@ -5,6 +5,7 @@
 #include "backends/cuda/device_memory.h"
 #include "backends/cuda/launch.h"
 #include "backends/cuda/model/model_ops.h"
+#include "backends/cuda/study.h"
 #include "snapmla/cuda.h"
 
 namespace snapmla::cuda {
@@ -63,6 +64,12 @@ class CudaBackend final : public ops::OpSet {
   void add(const TensorView& x, const TensorView& y) override { cuda::add(x, y, stream_.get()); }
   void moe_route(const ops::MoeRouteArgs& args) override { cuda::moe_route(args, stream_.get()); }
   void moe_ffn(const ops::MoeFfnArgs& args) override { experts_.run(args, memory_, stream_.get()); }
+  void study_append(const ops::StudyAppendArgs& args) override {
+    cuda::study_append(args, stream_.get());
+  }
+  void study_decode(const ops::StudyDecodeArgs& args) override {
+    cuda::study_decode(args, stream_.get());
+  }
 
  private:
   OwnStream stream_;  // first: everything below uses it to its end
@@ -85,7 +92,9 @@ void CudaBackend::mla_decode(const MlaDecodeArgs& args) {
   shape.heads_q = args.q_latent.dim(2);
   shape.max_pages = args.block_table.dim(1);
   shape.format = args.cache.format;
-  shape.deterministic = true;
+  // A number of splits cannot be had here; asking for one gives the other plan, so that a caller
+  // can see what a different split changes.
+  shape.deterministic = args.num_splits == 0;
   const std::int64_t bytes = decode_workspace_bytes(shape);
   if (bytes > workspace_.bytes()) planned_lengths_ = nullptr;
   workspace_.grow(memory_, bytes);

@@ -23,6 +23,10 @@ class RefBackend final : public ops::OpSet {
   void add(const TensorView& x, const TensorView& y) override { ref::add(x, y); }
   void moe_route(const ops::MoeRouteArgs& args) override { ref::moe_route(args); }
   void moe_ffn(const ops::MoeFfnArgs& args) override { ref::moe_ffn(args); }
+  void study_append(const ops::StudyAppendArgs& args) override {
+    ops::study_append_rows(args, 0, args.latent.dim(0));
+    ops::study_exchange_scales(args);
+  }
 };
 
 }  // namespace
