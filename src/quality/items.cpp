@@ -137,7 +137,8 @@ Item parse_item(const Line& line, const Tokenizer& tokenizer, std::span<const st
   if (!segments.is_array()) line.refuse("'segments': accepted is an array");
   std::vector<Fill> fills;
   for (const Json& s : segments) {
-    if (!s.is_object() || s.size() != 1) {
+    const bool known = s.contains("fill") || s.contains("given") || s.contains("answer");
+    if (!s.is_object() || s.size() != 1 || !known) {
       line.refuse("'segments': got " + s.dump() +
                   ", accepted are {\"given\": TEXT}, {\"answer\": TEXT}, {\"fill\": SHARE}");
     }
