@@ -108,7 +108,7 @@ TEST(Items, MistakesAreNamedWithTheirLine) {
       {head + "[]}", "accepted is at least one answer, after something that is given"},
       {head + R"([{"answer":"x"}]})", "after something that is given"},
       {head + R"([{"given":"x"},{"answer":""}]})", "at least one answer"},
-      {head + R"([{"text":"x"}]})", "'text'"},
+      {head + R"([{"text":"x"}]})", "'segments': got"},
       {head + R"([{"given":"x"},{"fill":0.5},{"answer":"x"}]})", "'start' is missing"},
       {R"({"id":"a","kind":"k","size":1,"start":0,"length":99999,"segments":[{"given":"x"},{"fill":1},{"answer":"y"}]})",
        "tokens of text (--text), accepted are at least"},
