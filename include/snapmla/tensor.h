@@ -63,18 +63,19 @@ class TensorView {
   T* data() const {
     return static_cast<T*>(data_);
   }
-  // Pointer to element (i) of the first dimension, (i, j) of the first two.
+  // Pointer to element (i) of the first dimension, (i, j) of the first two. Null stays null: a view
+  // of no elements may have rows but no memory.
   template <class T>
   T* row(std::int64_t i) const {
-    return data<T>() + i * stride_[0];
+    return at<T>(i * stride_[0]);
   }
   template <class T>
   T* row(std::int64_t i, std::int64_t j) const {
-    return data<T>() + i * stride_[0] + j * stride_[1];
+    return at<T>(i * stride_[0] + j * stride_[1]);
   }
   template <class T>
   T* row(std::int64_t i, std::int64_t j, std::int64_t k) const {
-    return data<T>() + i * stride_[0] + j * stride_[1] + k * stride_[2];
+    return at<T>(i * stride_[0] + j * stride_[1] + k * stride_[2]);
   }
 
   // The same shape and strides over other memory.
@@ -96,6 +97,11 @@ class TensorView {
   // ones.
   static std::int64_t product(std::int64_t a, std::int64_t b) {
     return static_cast<std::int64_t>(static_cast<std::uint64_t>(a) * static_cast<std::uint64_t>(b));
+  }
+
+  template <class T>
+  T* at(std::int64_t offset) const {
+    return data_ == nullptr ? nullptr : data<T>() + offset;
   }
 
   void* data_ = nullptr;

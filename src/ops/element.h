@@ -34,8 +34,9 @@ inline float weight_at(const Weight& w, std::int64_t row, std::int64_t column) {
   return value * w.scale_inv.row<float>(row / 128)[column / 128];
 }
 
-// Pointer to element `i` of a strided row, as bytes.
+// Pointer to the element at `offset`, as bytes; null stays null.
 inline void* element_ptr(const TensorView& t, std::int64_t offset) {
+  if (t.raw() == nullptr) return nullptr;
   return static_cast<std::uint8_t*>(t.raw()) +
          offset * static_cast<std::int64_t>(size_of(t.dtype()));
 }
