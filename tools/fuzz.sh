@@ -4,7 +4,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/tools/common.sh"
 seconds=${1:-20}
-build "$root/build/fuzz" all -DSNAPMLA_CUDA=OFF -DSNAPMLA_BUILD_FUZZ=ON -DSNAPMLA_BUILD_TESTS=OFF \
+build "$root/build/fuzz" fuzz_targets -DSNAPMLA_CUDA=OFF -DSNAPMLA_BUILD_FUZZ=ON -DSNAPMLA_BUILD_TESTS=OFF \
   -DCMAKE_CXX_COMPILER=clang++-14
 ran=0
 for target in "$root"/build/fuzz/fuzz/fuzz_*; do
