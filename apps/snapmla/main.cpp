@@ -22,6 +22,11 @@ constexpr const char* kExamples =
     "  snapmla run --chat\n"
     "  snapmla run -p \"import numpy as\" --temp 1 --compare\n"
     "  snapmla inspect DIR\n"
+    "Environment:\n"
+    "  SNAPMLA_BACKEND    what --device auto stands for: cuda, cpu or ref (scalar, for checking);\n"
+    "                     unset: cuda where a GPU can run it, else cpu\n"
+    "  SNAPMLA_MODEL_DIR  directory of the model that is used without -m, instead of the shipped "
+    "one\n"
     "'snapmla COMMAND --help' describes a command. Exit status: 0 success, 1 error, 2 wrong "
     "usage,\n"
     "130 stopped with Ctrl-C.";

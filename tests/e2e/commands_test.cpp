@@ -133,7 +133,9 @@ TEST(Inspect, EveryKindOfCheckpoint) {
 
 TEST(Help, EveryCommandHasOneThatFitsTheScreen) {
   const std::vector<std::pair<std::vector<std::string>, std::vector<std::string>>> pages = {
-      {{"--help"}, {"run", "logits", "inspect", "Examples:", "Exit status"}},
+      {{"--help"},
+       {"run", "logits", "inspect", "Examples:", "Exit status", "SNAPMLA_BACKEND",
+        "SNAPMLA_MODEL_DIR"}},
       {{"run", "--help"},
        {"--prompt", "--chat", "--system", "--compare", "--max-tokens", "--temperature", "--top-p",
         "--kv-cache", "--device", "Sampling:", "Model:", "Examples:"}},
