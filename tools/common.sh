@@ -39,23 +39,36 @@ ensure_packages() {
 # The compiler of the CUDA toolkit may lie outside PATH.
 find_nvcc() {
   command -v nvcc >/dev/null && return 0
-  if [ -x /usr/local/cuda/bin/nvcc ]; then
-    export PATH="$PATH:/usr/local/cuda/bin"
-    return 0
-  fi
-  return 1
+  local bin=${CUDA_HOME:-/usr/local/cuda}/bin
+  [ -x "$bin/nvcc" ] || return 1
+  export PATH="$PATH:$bin"
 }
 
-# build DIR TARGET [CMAKE OPTION...]: configures once, then builds what changed. TARGET "all" = everything.
+# build DIR TARGET [CMAKE OPTION...]: configures unless that was done with these options and this nvcc, then builds
+# what changed. TARGET "all" = everything.
 build() {
   local dir=$1 target=$2
   shift 2
-  local log="$dir/build.log"
+  local log="$dir/build.log" nvcc=none known fresh=()
   mkdir -p "$dir"
-  if [ ! -f "$dir/build.ninja" ] || [ "$(cat "$dir/.options" 2>/dev/null)" != "$*" ]; then
-    if ! find_nvcc; then say "no nvcc found: building without CUDA"; fi
-    cmake -S "$root" -B "$dir" -G Ninja "$@" >"$log" 2>&1 || { tail -n 40 "$log" >&2; die "configuring failed (whole log: $log)"; }
+  case " $* " in
+    *" -DSNAPMLA_CUDA=OFF "*) nvcc=unused ;;
+    *) if find_nvcc; then nvcc=$(command -v nvcc); fi ;;
+  esac
+  known=$(cat "$dir/.nvcc" 2>/dev/null || true)
+  if [ ! -f "$dir/build.ninja" ] || [ "$(cat "$dir/.options" 2>/dev/null)" != "$*" ] || [ "$known" != "$nvcc" ]; then
+    case $known:$nvcc in
+      :* | unused:* | *:unused | "$nvcc:$nvcc") ;;
+      *) say "nvcc: $known when $dir was configured, $nvcc now: configuring again" ;;
+    esac
+    # CMake remembers the CUDA compiler that it found, and that it found none.
+    [ ! -f "$dir/build.ninja" ] || fresh=(--fresh)
+    if [ "$nvcc" = none ]; then say "no nvcc found: building without CUDA"; fi
+    # The compilation of CUDA code is checked by a script.
+    case $nvcc in /*) command -v python3 >/dev/null || ensure_packages python3 ;; esac
+    cmake "${fresh[@]}" -S "$root" -B "$dir" -G Ninja "$@" >"$log" 2>&1 || { tail -n 40 "$log" >&2; die "configuring failed (whole log: $log)"; }
     printf '%s' "$*" >"$dir/.options"
+    printf '%s' "$nvcc" >"$dir/.nvcc"
   fi
   # Nearly always nothing is to be done; the line appears only when the wait would need explaining.
   (sleep 2 >/dev/null 2>&1 && say "building ($dir)") &
