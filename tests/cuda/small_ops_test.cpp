@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <random>
 #include <vector>
 
 #include "backends/cpu/cpu_backend.h"
@@ -14,33 +13,18 @@
 #include "ops/ops.h"
 #include "ops/route.h"
 #include "snapmla/error.h"
+#include "support/dense_operands.h"
 
 namespace snapmla {
 namespace {
 
-using Floats = std::vector<float>;
-constexpr float kPoison = std::numeric_limits<float>::quiet_NaN();
-
-Floats random_floats(std::int64_t n, unsigned seed) {
-  std::mt19937 gen(seed);
-  std::normal_distribution<float> normal;
-  Floats v(static_cast<std::size_t>(n));
-  for (float& x : v) x = normal(gen);
-  return v;
-}
-
-Floats poisoned(std::int64_t n) { return Floats(static_cast<std::size_t>(n), kPoison); }
-
-void expect_near(const Floats& got, const Floats& want, double tolerance) {
-  ASSERT_EQ(got.size(), want.size());
-  for (std::size_t i = 0; i < got.size(); ++i) {
-    ASSERT_NEAR(got[i], want[i], tolerance * (1.0 + std::fabs(want[i]))) << "element " << i;
-  }
-}
-
-bool same_bits(const Floats& a, const Floats& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
-}
+using test::expect_near;
+using test::Floats;
+using test::kPoison;
+using test::poisoned;
+using test::random_floats;
+using test::same_bits;
+using test::TestWeight;
 
 class CudaSmallOps : public DeviceTest {
  protected:
@@ -49,35 +33,17 @@ class CudaSmallOps : public DeviceTest {
     ops::Weight host, device;
   };
   Pair weight(DType type, std::int64_t out, std::int64_t in, unsigned seed) {
-    const Floats f32 = random_floats(out * in, seed);
-    const std::int64_t rows = (out + 127) / 128, cols = (in + 127) / 128;
-    Pair p;
-    if (type == DType::kF32) {
-      p = keep(f32, {out, in});
-    } else if (type == DType::kBF16) {
-      std::vector<BFloat16> v;
-      for (float w : f32) v.push_back(numeric::bf16_from_float(w));
-      p = keep(v, {out, in});
-    } else {
-      std::vector<Float8E4M3> v;
-      for (float w : f32) v.push_back(numeric::e4m3_from_float(w));
-      p = keep(v, {out, in});
-      const Pair scales = keep(random_floats(rows * cols, seed + 1), {rows, cols});
-      p.host.scale_inv = scales.host.data;
-      p.device.scale_inv = scales.device.data;
-    }
+    host_.push_back(std::make_unique<TestWeight>(type, out, in, seed));
+    const TestWeight& w = *host_.back();
+    Pair p{w.weight, w.weight};
+    p.device.data = type == DType::kF32    ? put(w.f32, {out, in})
+                    : type == DType::kBF16 ? put(w.bf16, {out, in})
+                                           : put(w.e4m3, {out, in});
+    if (type == DType::kE4M3)
+      p.device.scale_inv = put(w.scales, {w.weight.scale_inv.dim(0), w.weight.scale_inv.dim(1)});
     return p;
   }
-  template <class T>
-  Pair keep(const std::vector<T>& v, std::initializer_list<std::int64_t> shape) {
-    Pair p;
-    p.device.data = put(v, shape);
-    host_.push_back(std::make_unique<std::vector<std::uint8_t>>(v.size() * sizeof(T)));
-    std::memcpy(host_.back()->data(), v.data(), v.size() * sizeof(T));
-    p.host.data = TensorView(host_.back()->data(), DTypeOf<T>::value, shape);
-    return p;
-  }
-  std::vector<std::unique_ptr<std::vector<std::uint8_t>>> host_;
+  std::vector<std::unique_ptr<TestWeight>> host_;
   std::unique_ptr<ops::OpSet> ref_ = ref::make_ref_backend(), cpu_ = cpu::make_cpu_backend(2);
 };
 

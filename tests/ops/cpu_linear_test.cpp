@@ -7,7 +7,6 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -16,33 +15,14 @@
 #include "backends/ref/ref_backend.h"
 #include "numeric/float_types.h"
 #include "ops/ops.h"
+#include "support/dense_operands.h"
 
 namespace snapmla {
 namespace {
 
-using Floats = std::vector<float>;
-
-Floats random_floats(std::int64_t n, unsigned seed) {
-  std::mt19937 rng(seed);
-  std::normal_distribution<float> normal;
-  Floats v(static_cast<std::size_t>(n));
-  for (float& x : v) x = normal(rng);
-  return v;
-}
-
-// FP8 weight [out, in] with a scale per block of 128 x 128.
-struct Fp8Weight {
-  Fp8Weight(std::int64_t out, std::int64_t in, unsigned seed) {
-    for (float x : random_floats(out * in, seed)) codes.push_back(numeric::e4m3_from_float(x));
-    const std::int64_t rows = (out + 127) / 128, columns = (in + 127) / 128;
-    scales = random_floats(rows * columns, seed + 1);
-    weight.data = TensorView::of(codes.data(), {out, in});
-    weight.scale_inv = TensorView::of(scales.data(), {rows, columns});
-  }
-  std::vector<Float8E4M3> codes;
-  Floats scales;
-  ops::Weight weight;
-};
+using test::Floats;
+using test::random_floats;
+using test::TestWeight;
 
 Floats linear(ops::OpSet& ops, const Floats& x, const ops::Weight& w) {
   const std::int64_t tokens = static_cast<std::int64_t>(x.size()) / w.in_features();
@@ -62,7 +42,7 @@ void expect_near(const Floats& got, const Floats& want, std::int64_t k, const st
 
 TEST(CpuLinear, TokensAndThreadsDoNotChangeARow) {
   const std::int64_t tokens = 37, in = 1000, out = 264;
-  const Fp8Weight w(out, in, 1);
+  const TestWeight w(DType::kE4M3, out, in, 1);
   const Floats x = random_floats(tokens * in, 3);
   const auto ref = ref::make_ref_backend();
   const auto one = cpu::make_cpu_backend(1), three = cpu::make_cpu_backend(3);
@@ -78,10 +58,10 @@ TEST(CpuLinear, TokensAndThreadsDoNotChangeARow) {
 
 TEST(CpuMoe, AgreesWithRefAndTokensAreIndependent) {
   const std::int64_t tokens = 29, width = 136, inner = 72, top_k = 3, experts = 7;
-  std::vector<std::unique_ptr<Fp8Weight>> memory;
+  std::vector<std::unique_ptr<TestWeight>> memory;
   const auto make = [&](std::int64_t out, std::int64_t in) {
-    memory.push_back(
-        std::make_unique<Fp8Weight>(out, in, 10 + static_cast<unsigned>(memory.size())));
+    memory.push_back(std::make_unique<TestWeight>(DType::kE4M3, out, in,
+                                                  10 + static_cast<unsigned>(memory.size())));
     return memory.back()->weight;
   };
   std::vector<ops::ExpertWeights> list;
@@ -121,7 +101,7 @@ TEST(CpuMoe, AgreesWithRefAndTokensAreIndependent) {
 
 TEST(CpuLinear, EverySimdTargetAgreesWithRef) {
   const std::int64_t in = 300, out = 140;
-  const Fp8Weight w(out, in, 2);
+  const TestWeight w(DType::kE4M3, out, in, 2);
   const auto ref = ref::make_ref_backend(), cpu = cpu::make_cpu_backend(1);
   const auto use = [](std::int64_t targets) {
     hwy::SetSupportedTargetsForTest(targets);

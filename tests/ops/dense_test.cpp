@@ -3,59 +3,22 @@
 
 #include <cmath>
 #include <cstring>
-#include <random>
 #include <vector>
 
 #include "backends/cpu/cpu_backend.h"
 #include "backends/ref/ref_backend.h"
 #include "numeric/float_types.h"
 #include "ops/ops.h"
+#include "support/dense_operands.h"
 
 namespace snapmla {
 namespace {
 
-using Floats = std::vector<float>;
-constexpr float kPoison = std::numeric_limits<float>::quiet_NaN();
-
-Floats random_floats(std::int64_t n, unsigned seed) {
-  std::mt19937 gen(seed);
-  std::normal_distribution<float> normal;
-  Floats v(static_cast<std::size_t>(n));
-  for (float& x : v) x = normal(gen);
-  return v;
-}
-
-Floats poisoned(std::int64_t n) { return Floats(static_cast<std::size_t>(n), kPoison); }
-
-void expect_near(const Floats& got, const Floats& want, double tolerance) {
-  ASSERT_EQ(got.size(), want.size());
-  for (std::size_t i = 0; i < got.size(); ++i) {
-    ASSERT_NEAR(got[i], want[i], tolerance * (1.0 + std::fabs(want[i]))) << "element " << i;
-  }
-}
-
-// A random weight [out, in] of one of the three types, with its memory.
-struct TestWeight {
-  TestWeight(DType type, std::int64_t out, std::int64_t in, unsigned seed)
-      : f32(random_floats(out * in, seed)) {
-    const std::int64_t rows = (out + 127) / 128, cols = (in + 127) / 128;
-    scales = random_floats(rows * cols, seed + 1);
-    for (float w : f32) {
-      bf16.push_back(numeric::bf16_from_float(w));
-      e4m3.push_back(numeric::e4m3_from_float(w));
-    }
-    if (type == DType::kF32) weight.data = TensorView::of(f32.data(), {out, in});
-    if (type == DType::kBF16) weight.data = TensorView::of(bf16.data(), {out, in});
-    if (type == DType::kE4M3) {
-      weight.data = TensorView::of(e4m3.data(), {out, in});
-      weight.scale_inv = TensorView::of(scales.data(), {rows, cols});
-    }
-  }
-  Floats f32, scales;
-  std::vector<BFloat16> bf16;
-  std::vector<Float8E4M3> e4m3;
-  ops::Weight weight;
-};
+using test::expect_near;
+using test::Floats;
+using test::poisoned;
+using test::random_floats;
+using test::TestWeight;
 
 struct Shape {
   DType type;
