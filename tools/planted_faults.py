@@ -66,7 +66,7 @@ FAULTS = [
        "w.scale_inv.row<float>(row / 128)[std::min(column / 128, std::max<std::int64_t>(w.data.dim(1) / 128 - 1, 0))]"),
       ("#include \"numeric/float_types.h\"", "#include <algorithm>\n#include \"numeric/float_types.h\"")], "ops", "*Linear*"),
     ("neighbour-scale", "the scale of another token", "src/backends/cpu/quantize.cpp",
-     [("cache.scale_plane(page)[token]", "cache.scale_plane(page)[token ^ 1]")], "agreement", CACHE),
+     [("a.cache.scale_plane(page)[token]", "a.cache.scale_plane(page)[token ^ 1]")], "agreement", CACHE),
     ("rope-not-rescaled", "RoPE stored divided by the scale but fetched as it lies", "src/backends/cpu/quantize.cpp",
      [("kQkRopeHeadDim, scale, a.rope_out", "kQkRopeHeadDim, 1.0f, a.rope_out")], "agreement", CACHE),
     ("zero-row", "a zero row without its own rule", "src/numeric/scale.h",
