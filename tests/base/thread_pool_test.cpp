@@ -4,9 +4,11 @@
 #include <sys/resource.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <iostream>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 #include "snapmla/error.h"
@@ -42,6 +44,35 @@ TEST(ThreadPool, NestedLoopsRunInline) {
   std::atomic<int> count = 0;
   pool.parallel_for(6, [&](std::int64_t) { pool.parallel_for(5, [&](std::int64_t) { ++count; }); });
   EXPECT_EQ(count.load(), 30);
+}
+
+// Loops as short as a token's: workers come too late for some, look for the next or have fallen
+// asleep, and more threads than processors do not look at all. Every loop must still see its own
+// body and all of its iterations, whichever thread calls.
+TEST(ThreadPool, ManyShortLoopsFromSeveralThreads) {
+  for (int threads : {2, 3, 9}) {
+    ThreadPool pool(threads);
+    std::atomic<int> wrong = 0;
+    const auto call = [&](std::int64_t first) {
+      for (std::int64_t round = 0; round < 600; ++round) {
+        const std::int64_t n = (first + round) % 5;
+        std::atomic<std::int64_t> sum = 0;
+        const std::int64_t base = 1000 * (round + 1);
+        // Items that sleep let workers in, and end after the caller's own.
+        const auto pause = std::chrono::microseconds(round % 10 == 0 ? 50 : 0);
+        pool.parallel_for(n, [&](std::int64_t i) {
+          if (pause.count() > 0) std::this_thread::sleep_for(pause * (i + 1));
+          sum += base + i;
+        });
+        wrong += sum != n * base + n * (n - 1) / 2;
+        if (round % 100 == 99) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      }
+    };
+    std::thread other([&] { call(3); });
+    call(0);
+    other.join();
+    EXPECT_EQ(wrong, 0) << threads << " threads";
+  }
 }
 
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
