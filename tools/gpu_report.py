@@ -92,7 +92,7 @@ def judge_sanitizer(folder, tools):
         result[tool] = part
     # What the tool says of correct programs: it does not follow one lane's arrival for its warp.
     handover = {how: sanitizer_errors(path.read_text(errors="replace"))
-                for how in ("one", "all", "named") if (path := folder / f"handover_{how}.log").exists()}
+                for how in ("one", "all", "named", "arrive") if (path := folder / f"handover_{how}.log").exists()}
     return {"ok": ok, "tools": result, "racecheck_hazards_of_handover": handover}
 
 

@@ -5,7 +5,8 @@
 // synchronisation is morally strong, and the arrival releases what was observed before it), so the
 // program has no race. racecheck reports one all the same. `handover all`, where every lane
 // arrives, is clean: the build for racecheck (SNAPMLA_CUDA_RACECHECK) does that. `handover named`
-// hands over through a named barrier of two of the CTA's three warps.
+// hands over through a named barrier of two of the CTA's three warps, `handover arrive` through one
+// at which the writer only arrives.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -34,12 +35,17 @@ __global__ void handover(int* out) {
   }
 }
 
+template <bool kArriveOnly>
 __global__ void handover_named(int* out) {
   __shared__ int words[32];
   const int lane = static_cast<int>(threadIdx.x & 31);
   if (threadIdx.x >= 64) return;  // the third warp does something else
   if (threadIdx.x < 32) words[lane] = 3 * lane;
-  ptx::barrier_sync(1, 64);
+  if (kArriveOnly && threadIdx.x < 32) {
+    ptx::barrier_arrive(1, 64);
+  } else {
+    ptx::barrier_sync(1, 64);
+  }
   if (threadIdx.x >= 32) out[lane] = words[(lane * 7) & 31];
 }
 
@@ -52,9 +58,11 @@ int main(int argc, char** argv) {
   } else if (std::strcmp(how, "one") == 0) {
     handover<false><<<1, 64>>>(out);
   } else if (std::strcmp(how, "named") == 0) {
-    handover_named<<<1, 96>>>(out);
+    handover_named<false><<<1, 96>>>(out);
+  } else if (std::strcmp(how, "arrive") == 0) {
+    handover_named<true><<<1, 96>>>(out);
   } else {
-    std::fprintf(stderr, "usage: handover one|all|named\n");
+    std::fprintf(stderr, "usage: handover one|all|named|arrive\n");
     return 2;
   }
   const cudaError_t status = cudaMemcpy(words, out, sizeof words, cudaMemcpyDeviceToHost);
