@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "backends/cuda/launch.h"
+#include "backends/cuda/mla_decode/cutting.h"
 #include "backends/cuda/mla_decode/plan.h"
 #include "backends/cuda/ptx/pdl.h"
 
@@ -102,57 +103,6 @@ __device__ int length_of(const PlanArgs& a, int b) {
 
 __device__ int tiles_of(int length) { return (length + kTileTokens - 1) / kTileTokens; }
 
-__device__ int cost_of(int tiles) { return tiles > 0 ? tiles + kItemCost : 0; }
-
-// How requests are cut. Stream: at every multiple of `share` of the batch's cost, wherever that
-// falls. Even: a request of more than `limit` tiles into equal pieces no longer than that, shorter
-// ones not at all; a piece goes to the part in which it begins. Deterministic: even, with a limit
-// that no batch changes.
-struct Cutting {
-  bool stream;
-  int limit;        // even
-  long long share;  // cost per part
-};
-
-struct Pieces {
-  int count, cost;  // cost of all of them
-  int first_part;   // stream
-  long long start;  // stream: position of the first tile
-};
-
-__device__ Pieces pieces_of(const Cutting& how, int tiles, long long cost_before) {
-  if (tiles == 0) return {0, 0, 0, 0};
-  if (!how.stream) {
-    const int count = (tiles + how.limit - 1) / how.limit;
-    return {count, tiles + count * kItemCost, 0, 0};
-  }
-  const long long start = cost_before + kItemCost;
-  const int first = static_cast<int>(start / how.share);
-  const int last = static_cast<int>((start + tiles - 1) / how.share);
-  return {last - first + 1, cost_of(tiles), first, start};
-}
-
-struct Piece {
-  int part, tile_begin, tile_end;
-};
-
-__device__ Piece piece_at(const PlanArgs& a, const Cutting& how, const Pieces& pieces, int tiles,
-                          long long cost_before, int i) {
-  if (!how.stream) {
-    const int even = tiles / pieces.count, longer = tiles % pieces.count;
-    const int begin = i * even + min(i, longer), end = begin + even + (i < longer ? 1 : 0);
-    const long long start = cost_before + begin + static_cast<long long>(i) * kItemCost;
-    return {static_cast<int>(min(start / how.share, static_cast<long long>(a.parts - 1))), begin,
-            end};
-  }
-  const int part = pieces.first_part + i;
-  const auto cut = [&](int boundary) {
-    return static_cast<int>(
-        min(max(boundary * how.share - pieces.start, 0ll), static_cast<long long>(tiles)));
-  };
-  return {part, cut(part), cut(part + 1)};
-}
-
 // Cost of the whole batch when it is cut by limit.
 __device__ long long even_total(const PlanArgs& a, const Cutting& how, Sums* scratch) {
   Sums total{0, 0, 0};
@@ -161,10 +111,6 @@ __device__ long long even_total(const PlanArgs& a, const Cutting& how, Sums* scr
     exclusive_scan({pieces_of(how, tiles, 0).cost, 0, 0}, total, scratch);
   }
   return total.cost;
-}
-
-__device__ long long share_of(const PlanArgs& a, long long total) {
-  return max(1ll, (total + a.parts - 1) / a.parts);
 }
 
 // A request that is cut at any place costs its parts a second start and a merge. Where even pieces
@@ -178,18 +124,18 @@ __device__ Cutting choose_cutting(const PlanArgs& a, Sums* scratch, int* load, i
     const int cost = cost_of(tiles_of(length_of(a, begin + thread)));
     exclusive_scan({cost, cost > 0 ? 1 : 0, 0}, total, scratch);
   }
-  stream.share = share_of(a, total.cost);
+  stream.share = share_of(a.parts, total.cost);
   // Few tiles: balance is all that counts. (More than an int holds: nobody has that many.)
   if (stream.share < 2 * kCutCost || stream.share > 1 << 30) return stream;
-  Cutting even{false, static_cast<int>(stream.share) + kCutCost - kItemCost, 0};
-  even.share = share_of(a, even_total(a, even, scratch));
+  Cutting even{false, even_limit(stream.share), 0};
+  even.share = share_of(a.parts, even_total(a, even, scratch));
   Sums base{0, 0, 0};
   for (int begin = 0; begin < a.batch; begin += kPlanThreads) {
     const int tiles = tiles_of(length_of(a, begin + thread));
     const Pieces pieces = pieces_of(even, tiles, 0);
     const Sums before = exclusive_scan({pieces.cost, 0, 0}, base, scratch);
     for (int i = 0; i < pieces.count; ++i) {
-      const Piece piece = piece_at(a, even, pieces, tiles, before.cost, i);
+      const Piece piece = piece_at(a.parts, even, pieces, tiles, before.cost, i);
       atomicAdd(&load[piece.part], piece.tile_end - piece.tile_begin + kItemCost);
     }
   }
@@ -199,8 +145,7 @@ __device__ Cutting choose_cutting(const PlanArgs& a, Sums* scratch, int* load, i
     load[part] = 0;
   }
   __syncthreads();
-  const int saved = kCutCost * min(a.parts, 2 * total.items) / a.parts;
-  return *most <= stream.share + saved ? even : stream;
+  return *most <= stream.share + cut_cost(a.parts, total.items) ? even : stream;
 }
 
 __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanArgs a) {
@@ -218,7 +163,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanArgs a) {
   __syncthreads();
   Cutting how{false, kTilesPerSplit, 0};
   if (a.deterministic) {
-    how.share = share_of(a, even_total(a, how, scratch));
+    how.share = share_of(a.parts, even_total(a, how, scratch));
   } else {
     how = choose_cutting(a, scratch, part_end, &most);
   }
@@ -240,7 +185,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanArgs a) {
     if (pieces.count == 0 || pieces.count > max(1, a.merge_splits))
       a.view.merged[atomicAdd(a.view.num_merged, 1)] = b;
     for (int i = 0; i < pieces.count; ++i) {
-      const Piece piece = piece_at(a, how, pieces, tiles, cost.cost, i);
+      const Piece piece = piece_at(a.parts, how, pieces, tiles, cost.cost, i);
       const int index = at.items + i;
       DecodeItem item{};
       item.request = b;

@@ -16,8 +16,6 @@
 
 namespace snapmla::cuda {
 
-inline constexpr int kItemCost = 2;  // tiles that starting and ending an item cost, about
-inline constexpr int kCutCost = 6;   // tiles that cutting a request costs the parts it lies in
 inline constexpr int kTilesPerSplit = 32;  // deterministic mode: 4096 tokens
 
 // Sizes that follow from a shape and the GPU's number of SMs.

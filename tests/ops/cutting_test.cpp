@@ -1,0 +1,117 @@
+// How the device's plan cuts requests (the arithmetic; tests/cuda runs the kernel): every tile is
+// in one piece, pieces and parts are in order, and loads and counts keep their bounds.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <random>
+#include <vector>
+
+#include "backends/cuda/mla_decode/cutting.h"
+
+namespace snapmla::cuda {
+namespace {
+
+struct Plan {
+  std::vector<long long> load;
+  long long items = 0;
+};
+
+// Follows the plan kernel: requests in order, costs before each, pieces to parts.
+Plan cut(const std::vector<int>& tiles, const Cutting& how, int parts) {
+  Plan plan{std::vector<long long>(static_cast<std::size_t>(parts)), 0};
+  long long before = 0;
+  int last_part = 0;
+  for (const int n : tiles) {
+    const Pieces pieces = pieces_of(how, n, before);
+    EXPECT_EQ(pieces.count == 0, n == 0);
+    int covered = 0;
+    for (int i = 0; i < pieces.count; ++i) {
+      const Piece piece = piece_at(parts, how, pieces, n, before, i);
+      EXPECT_EQ(piece.tile_begin, covered);
+      EXPECT_GT(piece.tile_end, piece.tile_begin);
+      EXPECT_GE(piece.part, last_part);
+      EXPECT_LT(piece.part, parts);
+      if (!how.stream) {
+        EXPECT_LE(piece.tile_end - piece.tile_begin, how.limit);
+      }
+      plan.load[static_cast<std::size_t>(std::clamp(piece.part, 0, parts - 1))] +=
+          piece.tile_end - piece.tile_begin + kItemCost;
+      covered = piece.tile_end;
+      last_part = piece.part;
+      ++plan.items;
+    }
+    EXPECT_EQ(covered, n);
+    before += pieces.cost;
+  }
+  return plan;
+}
+
+long long total_cost(const std::vector<int>& tiles, const Cutting* even) {
+  long long total = 0;
+  for (const int n : tiles) total += even ? pieces_of(*even, n, 0).cost : cost_of(n);
+  return total;
+}
+
+std::vector<std::vector<int>> batches() {
+  std::mt19937 rng(20260218);
+  std::vector<std::vector<int>> list = {{0}, {1}, {1024}, {0, 0, 5}, std::vector<int>(128, 64)};
+  for (int batch : {2, 7, 33, 128, 500}) {
+    for (int spread : {1, 4, 1000}) {
+      std::vector<int> tiles;
+      for (int b = 0; b < batch; ++b)
+        tiles.push_back(rng() % 9 == 0 ? 0 : 1 + static_cast<int>(rng() % (3u * spread)));
+      list.push_back(tiles);
+    }
+  }
+  return list;
+}
+
+TEST(Cutting, StreamSharesAreEven) {
+  for (const std::vector<int>& tiles : batches()) {
+    for (int parts : {1, 4, 33, 66, 132}) {
+      const Cutting how{true, 0, share_of(parts, total_cost(tiles, nullptr))};
+      const Plan plan = cut(tiles, how, parts);
+      // A piece's start costs kItemCost again where a request is cut.
+      const auto requests = static_cast<long long>(
+          std::count_if(tiles.begin(), tiles.end(), [](int n) { return n > 0; }));
+      EXPECT_LE(plan.items, requests + parts - 1);
+      EXPECT_LE(*std::max_element(plan.load.begin(), plan.load.end()), how.share + 2 * kItemCost);
+    }
+  }
+}
+
+TEST(Cutting, EvenPiecesKeepTheBoundsOfTheWorkspace) {
+  for (const std::vector<int>& tiles : batches()) {
+    for (int parts : {1, 4, 33, 66, 132}) {
+      const long long stream_share = share_of(parts, total_cost(tiles, nullptr));
+      Cutting how{false, even_limit(stream_share), 0};
+      how.share = share_of(parts, total_cost(tiles, &how));
+      const Plan plan = cut(tiles, how, parts);
+      // The workspace holds one item per request and one per part.
+      EXPECT_LE(plan.items, static_cast<long long>(tiles.size()) + parts);
+    }
+  }
+}
+
+// What variant 21 of docs/notes/fp8-decode-hopper.md is about: 128 requests of 64 tiles.
+TEST(Cutting, UniformBatchesAreNotCut) {
+  const std::vector<int> tiles(128, 64);
+  for (int parts : {66, 132}) {
+    const long long stream_share = share_of(parts, total_cost(tiles, nullptr));
+    Cutting how{false, even_limit(stream_share), 0};
+    how.share = share_of(parts, total_cost(tiles, &how));
+    const Plan plan = cut(tiles, how, parts);
+    EXPECT_EQ(plan.items, 128);
+    EXPECT_LE(*std::max_element(plan.load.begin(), plan.load.end()),
+              stream_share + cut_cost(parts, 128));
+  }
+}
+
+TEST(Cutting, FewRequestsSaveLittle) {
+  EXPECT_EQ(cut_cost(66, 128), kCutCost);
+  EXPECT_EQ(cut_cost(66, 8), kCutCost * 16 / 66);
+  EXPECT_EQ(cut_cost(132, 0), 0);
+}
+
+}  // namespace
+}  // namespace snapmla::cuda
