@@ -58,6 +58,12 @@ struct RequestOutput {
 
 class Tokenizer;  // src/model/tokenizer.h
 
+// Threads. generate, logits and decode_logits use one set of buffers: one call at a time per
+// engine, from whichever thread; a program that shares an engine keeps its calls apart (on_text
+// runs on the calling thread, inside the call). The const functions only read what the constructor
+// made: any number of threads may call them at any time, also during those calls. Different engines
+// share nothing that changes, and work at the same time in different threads. Making and destroying
+// one, and moving from it, need it to be unused.
 class Engine {
  public:
   // Loads the checkpoint. Throws Error: kNotFound / kInvalidFile / kUnsupported name the file and

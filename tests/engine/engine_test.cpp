@@ -2,12 +2,17 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <filesystem>
+#include <string>
+#include <thread>
+#include <vector>
 
 #include "engine/sampler.h"
 #include "engine/shipped_model.h"
 #include "model/safetensors.h"
+#include "model/tokenizer.h"
 #include "snapmla/snapmla.h"
 
 namespace snapmla {
@@ -142,6 +147,59 @@ TEST(Engine, EncodeAndDecodeGoThroughTheTokenizer) {
   const std::vector<std::int32_t> ids = engine.encode("import os\n");
   EXPECT_EQ(ids.front(), 0);  // BOS
   EXPECT_EQ(engine.decode(ids), "import os\n");
+}
+
+// What include/snapmla/engine.h promises about threads; .ci/run has the thread sanitizer watch.
+TEST(Engine, ConstFunctionsRunBesideGenerateOnManyThreads) {
+  EngineOptions o = options(KvCacheFormat::kFp8);
+  o.threads = 2;
+  Engine engine(o);
+  const std::string text = "def f(x):\n    return x + 1 \u2713\n";
+  const std::vector<std::int32_t> ids = engine.encode(text), prompt = Golden().prompt(0);
+  SamplingParams params;
+  params.max_tokens = 12;
+  params.ignore_eos = true;
+  const std::vector<std::int32_t> want = engine.generate(prompt, params).tokens;
+  std::atomic<bool> done = false;
+  std::atomic<int> rounds = 0, wrong = 0;
+  std::vector<std::thread> readers;
+  for (int i = 0; i < 3; ++i) {
+    readers.emplace_back([&] {
+      do {
+        const bool right = engine.encode(text) == ids && engine.decode(ids) == text &&
+                           engine.tokenizer().id_of("<nothing>") == std::nullopt &&
+                           engine.config().vocab_size == 2048 && engine.options().threads == 2 &&
+                           engine.backend_name() == "cpu" && engine.cache_bytes_per_token() > 0 &&
+                           engine.default_sampling().max_tokens == 128;
+        wrong += !right;
+        ++rounds;
+      } while (!done);
+    });
+  }
+  EXPECT_EQ(engine.generate(prompt, params).tokens, want);
+  EXPECT_EQ(engine.generate(prompt, params).tokens, want);
+  done = true;
+  for (std::thread& reader : readers) reader.join();
+  EXPECT_GE(rounds, 3);
+  EXPECT_EQ(wrong, 0);
+}
+
+TEST(Engine, EnginesInDifferentThreadsAreIndependentAndOneMayChangeThreads) {
+  EngineOptions o = options(KvCacheFormat::kFp8);
+  o.threads = 2;
+  SamplingParams params;
+  params.max_tokens = 12;
+  params.ignore_eos = true;
+  const std::vector<std::int32_t> prompts[2] = {Golden().prompt(0), Golden().prompt(2)};
+  std::vector<std::int32_t> want[2], got[2];
+  Engine first(o);
+  for (std::size_t i = 0; i < 2; ++i) want[i] = first.generate(prompts[i], params).tokens;
+  std::thread other([&] { got[0] = first.generate(prompts[0], params).tokens; });
+  std::thread third([&] { got[1] = Engine(o).generate(prompts[1], params).tokens; });
+  other.join();
+  third.join();
+  EXPECT_EQ(got[0], want[0]);
+  EXPECT_EQ(got[1], want[1]);
 }
 
 // The weights stay mapped while the engine lives: cutting a file short must end in an error.
