@@ -26,7 +26,7 @@ int available_threads() {
 
 // PERF: the loops of a token of a small model follow one another within microseconds, and waking a
 // thread that sleeps takes 5 to 50 us. So whoever waits looks for this long before it sleeps.
-constexpr std::chrono::microseconds kSpin{30};
+constexpr std::chrono::microseconds kSpin{15};
 
 void pause_briefly() {
 #if defined(__x86_64__)
