@@ -5,21 +5,20 @@
 
 Two sweeps: all RoPE pairs stretched by 2^n, and eight latent channels (32, 96, ..., one in every 64). For each copy
 
-  snapmla inspect --cache   gives for every layout (arms A1 to A5) the KL of the attention probabilities and the error of
-                            the values, means over layers, from rows quantised and dequantised;
-  snapmla logits --decode   runs the engine's own FP8 cache (A2 with its kernels, P and queries quantised too) and
-                            gives KL and top-1 agreement of the logits against the BF16 cache.
+  snapmla eval              runs the model on the text with every arm's cache, teacher-forced through decode attention,
+                            and gives KL and top-1 agreement of the logits against the BF16 cache (A1);
+  snapmla inspect --cache   gives for every arm's layout the KL of the attention probabilities and the error of the
+                            values, means over layers, from rows quantised and dequantised.
 
 The BF16 logits of every copy must be those of n = 0 byte for byte, or the script fails: what the curves show is
 the cache's error alone. None of it is natural data.
 
 Needs nothing but Python and the program."""
 import argparse
-import array
 import json
 import math
 import pathlib
-import struct
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,9 +26,12 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SWEEPS = {"rope": ("all 32 RoPE pairs", ["--rope-pairs", "all"]),
           "latent": ("8 of 512 latent channels", ["--latent-channels", ",".join(map(str, range(32, 512, 64)))])}
-# Drawn in this order; A5's line is wide so that A2's stays visible on it.
-COLOURS = {"bf16": "#7f7f7f", "flat-1.0": "#d62728", "flat-calibrated": "#8c564b", "token-joint": "#e377c2",
-           "tile-128": "#7cc0ee", "snapmla": "#111111"}
+# Arms of `snapmla eval`, the layouts of `snapmla inspect --cache` that they use, colours. Drawn in this order; A5's
+# line is wide so that A2's stays visible on it.
+ARMS = {"a1": ("bf16", "A1: BF16", "#7f7f7f"), "a3": ("flat-1.0", "A3: one scale, 1.0", "#d62728"),
+        "a3-cal": ("flat-calibrated", "A3: one scale, calibrated", "#8c564b"),
+        "a4": ("token-joint", "A4: per token, RoPE too", "#e377c2"),
+        "a5": ("tile-128", "A5: per 128, BF16 RoPE", "#7cc0ee"), "a2": ("snapmla", "A2: SnapMLA", "#111111")}
 DECODE_STEP = "16"
 
 
@@ -40,36 +42,24 @@ def run(command: list[str]) -> str:
     return done.stdout
 
 
-def logits(program: str, model: pathlib.Path, text: str, cache: str) -> tuple[bytes, int]:
-    """The [tokens, vocabulary] f32 logits of decode attention as bytes, and the vocabulary's size."""
+def bf16_logits(program: str, model: pathlib.Path, text: str) -> bytes:
+    """What `snapmla logits` writes for decode attention over a BF16 cache."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "logits.safetensors"
-        run([program, "logits", "-m", str(model), "-p", text, "--kv-cache", cache, "--decode", DECODE_STEP, "-o", str(path)])
-        data = path.read_bytes()
-    size = struct.unpack("<Q", data[:8])[0]
-    entry = json.loads(data[8:8 + size])["logits"]
-    begin, end = entry["data_offsets"]
-    return data[8 + size + begin:8 + size + end], entry["shape"][1]
+        run([program, "logits", "-m", str(model), "-p", text, "--kv-cache", "bf16", "--decode", DECODE_STEP, "-o", str(path)])
+        return path.read_bytes()
 
 
-def log_softmax(row) -> list[float]:
-    top = max(row)
-    log_sum = top + math.log(math.fsum(math.exp(x - top) for x in row))
-    return [x - log_sum for x in row]
-
-
-def compare(reference: bytes, other: bytes, width: int) -> dict:
-    """Mean over positions of KL(reference || other), share of equal argmax, relative L2."""
-    a, b = array.array("f", reference), array.array("f", other)
-    kl, same, error, norm, rows = 0.0, 0, 0.0, 0.0, len(a) // width
-    for at in range(0, len(a), width):
-        x, y = a[at:at + width], b[at:at + width]
-        p, q = log_softmax(x), log_softmax(y)
-        kl += sum(math.exp(u) * (u - v) for u, v in zip(p, q))
-        same += max(range(width), key=x.__getitem__) == max(range(width), key=y.__getitem__)
-        error += sum((u - v) ** 2 for u, v in zip(x, y))
-        norm += sum(u * u for u in x)
-    return {"kl": kl / rows, "top1": same / rows, "relative_l2": math.sqrt(error / norm)}
+def evaluate(args, model: pathlib.Path, text: str) -> dict:
+    """Per arm but A1: KL and top-1 agreement of the logits, and the ratio of perplexities."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = pathlib.Path(folder) / "text.txt"
+        source.write_text(text)
+        run([args.program, "eval", "-m", str(model), "--text", str(source), "--contexts", str(args.context),
+             "--score", str(args.score), "--arms", ",".join(a for a in ARMS if a != "a1"), "-o", folder + "/eval"])
+        rows = json.loads((pathlib.Path(folder) / "eval/report.json").read_text())["text"]
+    values = lambda row: {k: row[k]["value"] for k in ("kl", "top1", "ratio")}
+    return {"tokens": rows[0]["tokens"], "arms": {row["arm"]: values(row) for row in rows if row["arm"] != "a1"}}
 
 
 def layouts_of(report: dict) -> dict:
@@ -84,24 +74,22 @@ def layouts_of(report: dict) -> dict:
             for x in report["layouts"]}
 
 
-def sweep(args, name: str, folder: pathlib.Path, base: tuple[bytes, int], text: str) -> list[dict]:
+def sweep(args, name: str, folder: pathlib.Path, base: bytes, text: str) -> list[dict]:
     points, bf16_layout = [], None
     for n in args.n:
         copy = folder / f"{name}-{n}"
         run([sys.executable, str(ROOT / "tools/stress_copy.py"), str(args.model), str(copy), "-n", str(n), *SWEEPS[name][1]])
-        if logits(args.program, copy, text, "bf16")[0] != base[0]:
+        if bf16_logits(args.program, copy, text) != base:
             raise SystemExit(f"error: {name}, n = {n}: the copy's BF16 logits are not those of n = 0")
-        fp8 = logits(args.program, copy, text, "fp8")[0]
         report = json.loads(run([args.program, "inspect", "--cache", str(copy), "-p", text, "-o", "json"]))
-        point = {"n": n, "engine_fp8": compare(base[0], fp8, base[1]), "layouts": layouts_of(report)}
+        point = {"n": n, "logits": evaluate(args, copy, text), "layouts": layouts_of(report), "tokens": report["tokens"]}
         bf16_layout = bf16_layout or point["layouts"]["bf16"]
         if point["layouts"]["bf16"]["attention_kl"] != bf16_layout["attention_kl"]:
             raise SystemExit(f"error: {name}, n = {n}: the error of BF16 rows is not that of n = {args.n[0]}")
         points.append(point)
-        kl = ", ".join(f"{k} {v['attention_kl']:.1e}" for k, v in point["layouts"].items())
-        print(f"{name} n={n}: logits KL {point['engine_fp8']['kl']:.1e}; attention KL {kl}", flush=True)
-        for file in copy.iterdir():
-            file.unlink()
+        kl = ", ".join(f"{k} {v['kl']:.1e}" for k, v in point["logits"]["arms"].items())
+        print(f"{name} n={n}: KL of the logits {kl}", flush=True)
+        shutil.rmtree(copy)
     return points
 
 
@@ -121,33 +109,30 @@ def axes(out: list, x0: float, y0: float, title: str, ns: list[int], low: int, h
 
 def draw(report: dict) -> str:
     out = []
-    kinds = [("attention_kl", "KL of the attention probabilities, nat", -6, 2),
-             ("value_relative_l2", "relative L2 error of the values", -4, 1)]
+    kinds = [("KL of the logits, nat", -4, 2, lambda p, arm: p["logits"]["arms"].get(arm, {}).get("kl")),
+             ("KL of attention, nat", -6, 2, lambda p, arm: p["layouts"][ARMS[arm][0]]["attention_kl"]),
+             ("error of the values", -4, 1, lambda p, arm: p["layouts"][ARMS[arm][0]]["value_relative_l2"])]
     for column, (name, points) in enumerate(report["sweeps"].items()):
         ns = [p["n"] for p in points]
-        for row, (key, label, low, high) in enumerate(kinds):
+        for row, (label, low, high, get) in enumerate(kinds):
             px, py = axes(out, 70 + column * 490, 96 + row * 270, f"{SWEEPS[name][0]} x 2^n: {label}", ns, low, high)
-            for layout, colour in COLOURS.items():
-                path = "L".join(f"{px(p['n']):.1f} {py(p['layouts'][layout][key]):.1f}" for p in points)
-                out.append(f'<path d="M{path}" fill="none" stroke="{colour}" '
-                           f'stroke-width="{5 if layout == "tile-128" else 1.8}"/>')
-                out += [f'<circle cx="{px(p["n"]):.1f}" cy="{py(p["layouts"][layout][key]):.1f}" r="2.4" fill="{colour}"/>'
-                        for p in points]
-            if key == "attention_kl":
-                path = "L".join(f"{px(p['n']):.1f} {py(p['engine_fp8']['kl']):.1f}" for p in points)
-                out.append(f'<path d="M{path}" fill="none" stroke="#111111" stroke-width="1.5" stroke-dasharray="5 4"/>')
+            for arm, (_, _, colour) in ARMS.items():
+                at = [(px(p["n"]), py(get(p, arm))) for p in points if get(p, arm) is not None]
+                if at:
+                    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in at)
+                    out.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="{5 if arm == "a5" else 1.8}"/>')
+                out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.4" fill="{colour}"/>' for x, y in at]
     x = 70
-    for layout, colour in COLOURS.items():
-        arm = report["sweeps"]["rope"][0]["layouts"][layout]["arm"]
-        out.append(f'<circle cx="{x}" cy="62" r="4" fill="{colour}"/><text x="{x + 8}" y="66">{layout} ({arm})</text>')
-        x += 26 + 6.6 * (len(layout) + len(arm) + 3)
-    out.append(f'<path d="M{x} 62h22" stroke="#111111" stroke-dasharray="5 4"/><text x="{x + 28}" y="66">A2, logits</text>')
+    for _, label, colour in ARMS.values():
+        out.append(f'<circle cx="{x}" cy="62" r="4" fill="{colour}"/><text x="{x + 8}" y="66">{label}</text>')
+        x += 24 + 6.1 * len(label)
     title = f"Stress copies of {report['model']}: what stretched ranges cost each layout. Not natural data."
-    return ('<svg xmlns="http://www.w3.org/2000/svg" width="1000" height="620" viewBox="0 0 1000 620" font-size="11" '
+    first = report["sweeps"]["rope"][0]
+    return ('<svg xmlns="http://www.w3.org/2000/svg" width="1000" height="890" viewBox="0 0 1000 890" font-size="11" '
             'font-family="DejaVu Sans, Helvetica, Arial, sans-serif" fill="#24292f"><rect width="100%" height="100%" '
             f'fill="#ffffff"/>\n<text x="70" y="28" font-size="16" font-weight="bold">{title}</text>\n<text x="70" y="46">'
-            f'{report["tokens"]} tokens, means over layers; n along x; with a BF16 cache all copies agree bit for bit</text>\n'
-            + "\n".join(out) + "\n</svg>\n")
+            f'{first["tokens"]} tokens ({first["logits"]["tokens"]} of them for the logits), attention and values: means over '
+            "layers; n along x; with a BF16 cache all copies agree bit for bit</text>\n" + "\n".join(out) + "\n</svg>\n")
 
 
 def main() -> int:
@@ -158,7 +143,9 @@ def main() -> int:
     parser.add_argument("-n", type=int, nargs="+", default=list(range(19)), help="exponents, rising (default: 0 to 18)")
     parser.add_argument("-f", "--file", type=pathlib.Path, default=ROOT / "models/snapmla-20m/samples.md",
                         help="text (default: the shipped model's samples.md)")
-    parser.add_argument("--characters", type=int, default=2400, help="its first N characters (default: 2400)")
+    parser.add_argument("--characters", type=int, default=4000, help="its first N characters (default: 4000)")
+    parser.add_argument("--context", type=int, default=512, help="tokens of an evaluation window (default: 512)")
+    parser.add_argument("--score", type=int, default=256, help="its last tokens, which count (default: 256)")
     parser.add_argument("--program", default=str(ROOT / "build/snapmla"), help="(default: build/snapmla)")
     parser.add_argument("--redraw", action="store_true", help="only draw what OUTPUT holds")
     args = parser.parse_args()
@@ -173,15 +160,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         plain = pathlib.Path(folder) / "plain"
         run([sys.executable, str(ROOT / "tools/stress_copy.py"), str(args.model), str(plain), "-n", "0"])
-        base = logits(args.program, plain, text, "bf16")
-        report["tokens"] = len(base[0]) // 4 // base[1]
+        base = bf16_logits(args.program, plain, text)
         for name, (what, flags) in SWEEPS.items():
             report["sweeps"][name] = sweep(args, name, pathlib.Path(folder), base, text)
     report["stretched"] = {name: what for name, (what, _) in SWEEPS.items()}
     args.output.write_text(json.dumps(report, indent=1) + "\n")
     if args.svg:
         args.svg.write_text(draw(report))
-    print(f"{args.output}: {report['tokens']} tokens")
     return 0
 
 
