@@ -55,11 +55,11 @@ void complete(EvalFlags& flags, const CLI::App& command) {
     if (unset("--answer-step")) s.answer_step = 16;
   } else {
     if (unset("--contexts")) s.contexts = {2048, 8192, 16384};
-    if (flags.full && unset("--batch-tokens")) s.batch_tokens = 262144;
+    if (flags.full && unset("--batch-tokens")) s.batch_tokens = 524288;
   }
   s.prompts_by_decode = flags.prompts.empty() ? flags.full : flags.prompts == "decode";
   s.out_dir = flags.out;
-  if (s.text_file.empty()) s.contexts.clear();
+  if (s.text_file.empty() || s.contexts == std::vector<std::int64_t>{0}) s.contexts.clear();
 }
 
 void write_file(const std::string& path, const std::string& text) {
@@ -119,18 +119,18 @@ void add_data_options(CLI::App& c, EvalFlags& f) {
       ->allow_extra_args(false)
       ->group("Data");
   c.add_option("--contexts", f.settings.contexts,
-               "Lengths of text windows (default: 2048,8192,16384)")
+               "Lengths of text windows, 0: none (default:\n2048,8192,16384; --quick: 512,2048)")
       ->type_name("N,...")
       ->delimiter(',')
-      ->check(integer_in(2))
+      ->check(integer_in(0))
       ->group("Data");
   c.add_option("--text-tokens", f.settings.text_tokens,
-               "Tokens of text per length (default: 0, all there are)")
+               "Tokens of text per length (default: 0, all there are;\n--quick: 8192)")
       ->type_name("N")
       ->check(integer_in(0))
       ->group("Data");
   c.add_option("--score", f.settings.score,
-               "Last tokens of a window that count\n(default: 0, all but the first)")
+               "Last tokens of a window that count\n(default: 0, all but the first; --quick: 128)")
       ->type_name("N")
       ->check(integer_in(0))
       ->group("Data");
@@ -159,7 +159,7 @@ void add_run_options(CLI::App& c, EvalFlags& f) {
       ->check(one_of({"prefill", "decode"}))
       ->group("Run");
   c.add_option("--batch-tokens", f.settings.batch_tokens,
-               "Tokens in each arm's cache at a time\n(default: 8192; --full: 262144)")
+               "Tokens in each arm's cache at a time\n(default: 8192; --full: 524288)")
       ->type_name("N")
       ->check(integer_in(64))
       ->group("Run");

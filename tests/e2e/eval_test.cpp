@@ -95,7 +95,8 @@ TEST(Eval, WrongArgumentsGiveOneError) {
   std::ofstream(dir + "/occupied") << "x";
   const std::vector<Mistake> mistakes = {
       {{"--arms", "a7"}, 1, "arms: got 'a7', accepted are main, ablations"},
-      {{"--contexts", "1"}, 2, "2 to"},
+      {{"--contexts", "1"}, 1, "contexts: got 1, accepted are 2 to 512"},
+      {{"--contexts", "-1"}, 2, "an integer from 0"},
       {{"--quick", "--full"}, 2, "excludes"},
       {{"--prompts", "fast"}, 2, "got 'fast', accepted are prefill, decode"},
       {{"--text-step", "17"}, 2, "1 to 16"},
