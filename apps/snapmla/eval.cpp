@@ -52,6 +52,7 @@ void complete(EvalFlags& flags, const CLI::App& command) {
     if (unset("--contexts")) s.contexts = {512, 2048};
     if (unset("--text-tokens")) s.text_tokens = 8192;
     if (unset("--score")) s.score = 128;
+    if (unset("--attention")) s.attention = {4096, 65536};
     if (unset("--answer-step")) s.answer_step = 16;
   } else {
     if (unset("--contexts")) s.contexts = {2048, 8192, 16384};
@@ -133,6 +134,13 @@ void add_data_options(CLI::App& c, EvalFlags& f) {
                "Last tokens of a window that count\n(default: 0, all but the first; --quick: 128)")
       ->type_name("N")
       ->check(integer_in(0))
+      ->group("Data");
+  c.add_option("--attention", f.settings.attention,
+               "Synthetic rows of so many tokens, for the error of the\nsums alone (default: none; "
+               "--quick: 4096,65536)")
+      ->type_name("N,...")
+      ->delimiter(',')
+      ->check(integer_in(1, 1 << 20))
       ->group("Data");
   c.add_option("--items-per-size", f.settings.items,
                "Items of each kind and size (default: 0, all there are)")

@@ -61,9 +61,12 @@ Evaluation::Evaluation(Settings settings,
   }
   plan_text();
   plan_tasks();
+  plan_attention();
   if (units_.empty()) {
-    throw Error(ErrorCode::kInvalidArgument,
-                "evaluation: got neither text windows nor items, accepted is at least one of them");
+    throw Error(
+        ErrorCode::kInvalidArgument,
+        "evaluation: got neither text windows nor items nor synthetic attention, accepted is at "
+        "least one of them");
   }
   // The first batch of everything, then the second: a run that is stopped has seen all kinds.
   std::stable_sort(units_.begin(), units_.end(),
@@ -141,6 +144,18 @@ void Evaluation::plan_tasks() {
   }
 }
 
+void Evaluation::plan_attention() {
+  for (const std::int64_t tokens : settings_.attention) {
+    require(tokens >= 1 && tokens <= 1 << 20, "attention", tokens, "1 to 1048576 tokens");
+    Unit unit;
+    unit.group = str("attention/", tokens);
+    unit.attention = tokens;
+    // Three spreads, one row, four ways, of one layer.
+    unit.cost = 12 * static_cast<double>(tokens) / 2000.0 + 3 * static_cast<double>(tokens) / 200.0;
+    units_.push_back(std::move(unit));
+  }
+}
+
 Evaluation::Json Evaluation::settings_json() const {
   std::vector<std::string> names;
   for (const Arm& arm : arms_) names.push_back(arm.name);
@@ -154,6 +169,7 @@ Evaluation::Json Evaluation::settings_json() const {
           {"contexts", settings_.contexts},
           {"text_tokens", settings_.text_tokens},
           {"score", settings_.score},
+          {"attention", settings_.attention},
           {"items_per_size", settings_.items},
           {"text_step", settings_.text_step},
           {"answer_step", settings_.answer_step},
@@ -190,8 +206,9 @@ bool Evaluation::run(const Progress& progress) {
       if (journal_->has(unit.name())) continue;
       Meter meter(progress, done, total, unit.cost, unit.name());
       meter.at(0);
-      journal_->add(unit.name(),
-                    unit.items.empty() ? run_text(unit, meter) : run_tasks(unit, meter));
+      journal_->add(unit.name(), unit.attention > 0   ? run_attention(unit, meter)
+                                 : unit.items.empty() ? run_text(unit, meter)
+                                                      : run_tasks(unit, meter));
       lab_->checkpoint.check_reads();
       done += unit.cost;
     }

@@ -7,6 +7,8 @@
 //        before it. Up to the first mismatch that is what greedy decoding does; after it the item
 //        is wrong either way, so feeding the reference goes on costs nothing and tells about later
 //        answers.
+//
+// attention  Rows of synthetic attention of a given length: the sums of PV by themselves.
 #pragma once
 
 #include <functional>
@@ -32,6 +34,7 @@ struct Settings {
   std::vector<std::int64_t> contexts;   // lengths of text windows, tokens
   std::int64_t text_tokens = 0;         // per context, in windows spread over the text; 0: all
   std::int64_t score = 0;               // last tokens of a window that count; 0: all but the first
+  std::vector<std::int64_t> attention;  // tokens of synthetic rows; empty: none
   std::int64_t items = 0;               // per kind and size; 0: all there are
   int text_step = 16;                   // tokens per decode step of text, 1..16
   int answer_step = 1;                  // tokens per decode step inside answers, 1..16
@@ -69,10 +72,12 @@ class Evaluation {
 
   void plan_text();
   void plan_tasks();
+  void plan_attention();
   Json settings_json() const;
   void make_models();
   Json run_text(const Unit& unit, Meter& meter);
   Json run_tasks(const Unit& unit, Meter& meter);
+  Json run_attention(const Unit& unit, Meter& meter);
 
   Settings settings_;
   std::vector<Arm> arms_;

@@ -270,9 +270,22 @@ Json layer_rows(const std::vector<Arm>& arms, const Units& units) {
   return rows;
 }
 
+// Error of the sums over synthetic rows, relative to f32 sums of a P that is not rounded.
+Json attention_rows(const Units& units) {
+  std::vector<Json> rows;
+  for (const auto& [name, unit] : units) {
+    if (!unit.contains("attention")) continue;
+    for (const Json& row : unit["attention"]) rows.push_back(row);
+  }
+  std::stable_sort(rows.begin(), rows.end(), [](const Json& a, const Json& b) {
+    return a["tokens"].get<double>() < b["tokens"].get<double>();
+  });
+  return rows;
+}
+
 // What an arm's intervals say of the bounds, all metrics together.
-Json verdicts(const std::vector<Arm>& arms, const Json& text, const Json& tasks,
-              const Json& kinds) {
+Json verdicts(const std::vector<Arm>& arms, const Json& report, const Bounds& bounds) {
+  const Json &text = report["text"], &tasks = report["tasks"], &kinds = report["kinds"];
   Json rows = Json::array();
   for (const Arm& arm : arms) {
     if (arm.name == "a1") continue;
@@ -296,6 +309,15 @@ Json verdicts(const std::vector<Arm>& arms, const Json& text, const Json& tasks,
                   (row.contains("size") ? str(" ", row["size"].get<double>()) : " (all)"));
       }
     }
+    for (const Json& row : report["attention"]) {
+      const double two = row["f32_two_level"].get<double>();
+      const auto sums = [&](const char* key) {
+        count(row[key].get<double>() <= bounds.sums * two ? "within" : "beyond",
+              "sums of " + row["tokens"].dump() + " (spread " + row["spread"].dump() + ")");
+      };
+      if (arm.name == "a2-1level") sums("14bit_one_level");
+      if (arm.name == "tc-2level") sums("14bit_two_level");
+    }
     rows.push_back({{"arm", arm.name},
                     {"within", within},
                     {"open", open},
@@ -310,6 +332,7 @@ Json throughput(const std::vector<Arm>& arms, const Units& units) {
   for (const Arm& arm : arms) {
     double text = 0, text_seconds = 0, tasks = 0, task_seconds = 0;
     for (const auto& [name, unit] : units) {
+      if (!unit.contains("arms")) continue;
       const Json& mine = unit["arms"][arm.name];
       const double seconds = mine["seconds"].get<double>();
       if (unit.contains("context")) {
@@ -338,7 +361,8 @@ Journal::Json summarise(const std::vector<Arm>& arms, const Units& units, const 
                       {"kl", bounds.kl},
                       {"top1", bounds.top1},
                       {"first_answer", bounds.first},
-                      {"whole_output", bounds.whole}};
+                      {"whole_output", bounds.whole},
+                      {"sums", bounds.sums}};
   report["arms"] = Json::array();
   for (const Arm& arm : arms) {
     const char* groups[] = {"main", "ablations", "faults", "noise"};
@@ -352,7 +376,8 @@ Journal::Json summarise(const std::vector<Arm>& arms, const Units& units, const 
   report["kinds"] = kind_rows(arms, units, items, bounds);
   report["depths"] = depth_rows(arms, units, items);
   report["layer_errors"] = layer_rows(arms, units);
-  report["verdicts"] = verdicts(arms, report["text"], report["tasks"], report["kinds"]);
+  report["attention"] = attention_rows(units);
+  report["verdicts"] = verdicts(arms, report, bounds);
   report["throughput"] = throughput(arms, units);
   return report;
 }

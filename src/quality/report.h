@@ -15,6 +15,7 @@ namespace snapmla::quality {
 struct Bounds {
   double perplexity_ratio = 1.002, kl = 1e-3, top1 = 0.995;
   double first = 0.01, whole = 0.02;  // rates of tasks
+  double sums = 2;  // error of the sums of synthetic rows, in errors that rounding P makes
 };
 
 // How an interval lies to a bound: "within", "beyond", or "open" where it holds the bound.
@@ -24,7 +25,8 @@ struct Bounds {
 // An arm is "caught" when anything is beyond.
 //
 // units: as Evaluation writes them; items: by id, kind, size, depth and first. Returns
-// {"bounds", "arms", "text", "tasks", "depths", "layer_errors", "throughput"}.
+// {"bounds", "arms", "text", "tasks", "kinds", "depths", "attention", "verdicts", "layer_errors",
+// "throughput"}.
 Journal::Json summarise(const std::vector<Arm>& arms,
                         const std::map<std::string, Journal::Json>& units,
                         const Journal::Json& items);

@@ -15,6 +15,7 @@ struct Evaluation::Unit {
   std::int64_t pool_tokens = 0;       // room that it needs in a cache
   std::int64_t context = 0;           // text: length of the windows
   std::vector<std::int64_t> windows;  // text: first token of each
+  std::int64_t attention = 0;         // synthetic attention: tokens
   std::vector<std::size_t> items;     // tasks
 
   std::string name() const { return group + "/" + std::to_string(batch); }

@@ -102,6 +102,28 @@ TEST_F(Quality, TheSchemeIsFineAndPlantedFaultsAreCaught) {
   EXPECT_THAT(text, testing::HasSubstr("| f-binade | scales twice too large |"));
 }
 
+// The longer the row and the flatter the softmax, the more one accumulator of 14 bits loses.
+TEST_F(Quality, OneAccumulatorIsCaughtOnLongRows) {
+  Settings s = settings({"a2-1level", "tc-2level"});
+  s.contexts = {};
+  s.attention = {512, 32768};
+  Evaluation e(s);
+  ASSERT_TRUE(e.run({}));
+  const Json report = e.report();
+  ASSERT_EQ(report["attention"].size(), 6u);
+  const auto error = [&](std::size_t row, const char* key) {
+    return report["attention"][row][key].get<double>();
+  };
+  for (std::size_t i = 0; i < 6; ++i) {
+    EXPECT_GT(error(i, "f32_two_level"), 1e-5);
+    EXPECT_LT(error(i, "14bit_two_level"), 2 * error(i, "f32_two_level")) << i;
+  }
+  EXPECT_GT(error(3, "14bit_one_level"), 10 * error(3, "f32_two_level"));
+  EXPECT_GT(error(3, "14bit_one_level"), 3 * error(0, "14bit_one_level"));
+  EXPECT_TRUE(row_of(report["verdicts"], "a2-1level")["caught"].get<bool>());
+  EXPECT_FALSE(row_of(report["verdicts"], "tc-2level")["caught"].get<bool>());
+}
+
 // Tokens that were not fed through prefill, 1 or 16 at a time: the same figures but for roundings.
 TEST_F(Quality, StepsAndPromptsDoNotMatterBeyondRounding) {
   Settings s = settings({"a2"});
