@@ -85,7 +85,7 @@ class Evaluation {
   std::vector<std::int32_t> text_, calibration_;
   std::vector<Item> items_;
   std::string text_print_, items_print_;
-  std::int64_t max_len_ = 0, pool_tokens_ = 0;
+  std::int64_t max_len_ = 0, pool_tokens_ = kPageSize;
   std::vector<Unit> units_;
   std::unique_ptr<Journal> journal_;
   std::vector<std::unique_ptr<ArmModel>> models_;
