@@ -66,8 +66,10 @@ TEST(Eval, WritesAReportAndGoesOnWhereItStopped) {
 
 TEST(Eval, CtrlCLeavesAStateToGoOnFrom) {
   const std::string dir = e2e::fresh_directory(), out = dir + "/out";
-  const Words words = eval(out, {"--arms", "a2", "--items", one_item(dir), "--text-tokens", "8192",
-                                 "--batch-tokens", "128"});
+  const Words words = {
+      "eval", "-t",      "1",          "--device", "cpu", "--arms", "a2",
+      "-o",   out,       "--contexts", "512",      "-c",  "512",    "--batch-tokens",
+      "512",  "--items", one_item(dir)};
   bool sent = false;
   e2e::Launch launch;
   launch.on_output = [&](int pid, const std::string& seen) {
