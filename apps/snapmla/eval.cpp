@@ -187,8 +187,7 @@ void add_run_options(CLI::App& c, EvalFlags& f) {
 
 void register_eval(CLI::App& app, int& status) {
   auto flags = std::make_shared<EvalFlags>();
-  CLI::App* c =
-      app.add_subcommand("eval", "Measure what FP8 caches do to a model's predictions and answers");
+  CLI::App* c = app.add_subcommand("eval", "Measure what FP8 caches do to predictions and answers");
   quality::Settings& s = flags->settings;
   auto* quick = c->add_flag("--quick", flags->quick, "A small run of main arms and faults");
   c->add_flag("--full", flags->full, "Batches and prompts as suit a GPU")->excludes(quick);
