@@ -71,7 +71,7 @@ template <int kRows, int kSharing>
 __device__ void combine_block(const DecodeParams& p, Shared<kSharing>& s, int request) {
   constexpr int kSharers = kSharing * 128, kWeighed = Shared<kSharing>::kWeighed;
   const int count = p.plan.split_count[request], first = p.plan.split_begin[request];
-  if (count == 1) return;  // written by the decode kernel
+  if (count > 0 && count <= p.merge_splits) return;  // written by the decode kernel
   const int thread = static_cast<int>(threadIdx.x) & 127;
   const int sharer = static_cast<int>(threadIdx.x) % kSharers, group = sharer >> 7;
   const int place = static_cast<int>(threadIdx.x) / kSharers;

@@ -18,13 +18,11 @@ SNAPMLA_HD long long share_of(int parts, long long total_cost) {
 
 // Stream: at every multiple of `share` of the batch's cost, wherever that falls. Even: a request of
 // more than `limit` tiles into equal pieces no longer than that, shorter ones not at all; a piece
-// goes to the part in which it begins, or, where there are no more pieces than parts, each to a
-// part of its own.
+// goes to the part in which it begins.
 struct Cutting {
   bool stream;
-  int limit;            // even
-  long long share;      // cost per part; single: pieces
-  bool single = false;  // even: every piece has a part of its own
+  int limit;        // even
+  long long share;  // cost per part
 };
 
 // Limit of an even cut that may load a part by kCutCost more than `share`.

@@ -6,8 +6,8 @@
 //               second read of a page comes from L2:  blockIdx.x = part * row_tiles + row_tile
 //   item      = (request, [tile_begin, tile_end), slot): consecutive tiles of kTileTokens tokens
 //   slot      = -1: the whole request, written to out / lse directly; otherwise the index of a
-//               partial result in out_accum / lse_accum. Two or three of them may be merged by the
-//               CTA that comes last (`merge`), others by combine
+//               partial result in out_accum / lse_accum. Up to merge_splits of them are merged by
+//               the CTA that comes last, more by combine
 #pragma once
 
 #include <cuda.h>
@@ -28,7 +28,7 @@ struct alignas(16) DecodeItem {
   std::int32_t length;                // of the request, when the plan was made
   std::int32_t slot;
   std::int32_t first_slot, splits;  // of the request; 0 and 1 where slot is -1
-  std::int32_t merge;               // 1: the decode kernel merges the splits
+  std::int32_t reserved;
 };
 
 // Its first item stands here once more: nobody waits for an index before the first item.
@@ -42,7 +42,7 @@ struct DecodePlanView {
   DecodePart* parts;          // [parts]
   DecodeItem* items;          // [max_items]
   std::int32_t* split_begin;  // [batch] first slot of a request with two or more items
-  std::int32_t* split_count;  // [batch] 0: empty request, 1: the decode kernel writes it, n: slots
+  std::int32_t* split_count;  // [batch] 0: empty request, 1: written directly, n: slots
   std::int32_t* num_merged;   // how many requests combine has to write
   std::int32_t* merged;       // [batch] those requests, in no order
   std::int32_t* arrivals;     // [max_slots, row_tiles, 2] of a request's first slot, by half of the
@@ -84,7 +84,8 @@ struct DecodeParams {
   DecodePlanView plan;
   float scale_log2e;  // softmax_scale * log2(e)
   std::int32_t batch, heads_q, seqlen_q, rows, row_tiles, parts;
-  std::int32_t slot_rows;  // rows of a partial result: `rows` up to whole PV widths
+  std::int32_t slot_rows;     // rows of a partial result: `rows` up to whole PV widths
+  std::int32_t merge_splits;  // requests of 2 to so many splits are merged by the decode kernel
 };
 
 // Items of one part in the order of work. The last item, which the next part may share, comes

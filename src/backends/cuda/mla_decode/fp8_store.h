@@ -92,10 +92,10 @@ __device__ __forceinline__ void weigh_splits(const DecodeParams& p, Storage& s,
   barrier_sync(1 + half, 128);
 }
 
-// A partial result goes to the workspace. Where the plan says so (2 or 3 of them), whoever comes
-// last merges all into its `o` and returns true; others are left to combine. The sum runs in the
-// order of the splits, whoever makes it, so that a result does not depend on who was last. The
-// counter goes back to 0 for the next launch under the same plan.
+// A partial result goes to the workspace. Where a request has 2 or 3 of them, whoever comes last
+// merges all into its `o` and returns true; more are left to combine. The sum runs in the order of
+// the splits, whoever makes it, so that a result does not depend on who was last. The counter goes
+// back to 0 for the next launch under the same plan.
 template <class Traits, class Storage>
 __device__ __forceinline__ bool merge_splits(const DecodeParams& p, Storage& s,
                                              const DecodeItem& item,
@@ -107,14 +107,14 @@ __device__ __forceinline__ bool merge_splits(const DecodeParams& p, Storage& s,
   std::int32_t* arrivals =
       p.plan.arrivals +
       (static_cast<std::int64_t>(first) * p.row_tiles + row_begin / kRowTile) * 2 + half;
-  if (item.merge) {
+  if (count <= kMergeSplits) {
     if (thread == 0) {
       s.arrived[half] = *reinterpret_cast<volatile std::int32_t*>(arrivals);
       __threadfence();
     }
     barrier_sync(1 + half, 128);
   }
-  if (!item.merge || s.arrived[half] != count - 1) {
+  if (count > kMergeSplits || s.arrived[half] != count - 1) {
     float4* to = fragments<kRows>(p, item.slot, row_begin, half) + thread;
 #pragma unroll
     for (int m = 0; m < 4; ++m)
@@ -122,7 +122,7 @@ __device__ __forceinline__ bool merge_splits(const DecodeParams& p, Storage& s,
       for (int n = 0; n < kRows / 8; ++n)
         to[fragment_at<kRows>(m, n)] =
             make_float4(o[m][4 * n], o[m][4 * n + 1], o[m][4 * n + 2], o[m][4 * n + 3]);
-    if (!item.merge) return false;
+    if (count > kMergeSplits) return false;
     __threadfence();
     barrier_sync(1 + half, 128);
     if (thread == 0) {

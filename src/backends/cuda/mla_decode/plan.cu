@@ -125,20 +125,8 @@ __device__ Cutting choose_cutting(const PlanArgs& a, Sums* scratch, int* load, i
     exclusive_scan({cost, cost > 0 ? 1 : 0, 0}, total, scratch);
   }
   stream.share = share_of(a.parts, total.cost);
-  if (stream.share > 1 << 30) return stream;  // more than an int holds: nobody has that many
-  if (stream.share < 2 * kCutCost) {
-    // Few tiles: what counts is that no part has to start twice.
-    const long long tiles = total.cost - static_cast<long long>(total.items) * kItemCost;
-    const int shortest = static_cast<int>(share_of(a.parts, tiles));
-    for (int limit = shortest; limit < shortest + 3 && total.items <= a.parts; ++limit) {
-      Cutting single{false, limit, 1, true};
-      const long long pieces = (even_total(a, single, scratch) - tiles) / kItemCost;
-      if (pieces > a.parts) continue;
-      single.share = max(1ll, pieces);
-      return single;
-    }
-    return stream;
-  }
+  // Few tiles: balance is all that counts. (More than an int holds: nobody has that many.)
+  if (stream.share < 2 * kCutCost || stream.share > 1 << 30) return stream;
   Cutting even{false, even_limit(stream.share), 0};
   even.share = share_of(a.parts, even_total(a, even, scratch));
   Sums base{0, 0, 0};
@@ -193,16 +181,12 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanArgs a) {
     if (b >= a.batch) continue;
     const bool split = pieces.count > 1;
     a.view.split_begin[b] = at.slots;
-    // Pieces of the same length, one per part, end together: combine is faster than one CTA then.
-    const bool merge = split && pieces.count <= a.merge_splits && !how.single;
-    a.view.split_count[b] = merge ? 1 : pieces.count;
-    if (pieces.count == 0 || (split && !merge)) a.view.merged[atomicAdd(a.view.num_merged, 1)] = b;
+    a.view.split_count[b] = pieces.count;
+    if (pieces.count == 0 || pieces.count > max(1, a.merge_splits))
+      a.view.merged[atomicAdd(a.view.num_merged, 1)] = b;
     for (int i = 0; i < pieces.count; ++i) {
       const Piece piece = piece_at(a.parts, how, pieces, tiles, cost.cost, i);
       const int index = at.items + i;
-      // Spread over the GPU: neighbouring CTAs share more than distant ones.
-      const int part =
-          how.single ? static_cast<int>(1ll * index * a.parts / how.share) : piece.part;
       DecodeItem item{};
       item.request = b;
       item.tile_begin = piece.tile_begin;
@@ -211,9 +195,8 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanArgs a) {
       item.slot = split ? at.slots + i : -1;
       item.first_slot = split ? at.slots : 0;
       item.splits = pieces.count;
-      item.merge = merge ? 1 : 0;
       a.view.items[index] = item;
-      atomicMax(&part_end[part], index + 1);
+      atomicMax(&part_end[piece.part], index + 1);
     }
   }
   __syncthreads();
