@@ -63,6 +63,9 @@ TEST(Metrics, KlAndNllByHand) {
   EXPECT_NEAR(s.kl, std::log(2.0) / 4, 1e-6);
   EXPECT_NEAR(s.nll, std::log(2.0), 1e-6);
   EXPECT_FALSE(s.same);
+  // Not the other way round: from p to the uniform, 1/2 ln(3/2) + 1/2 ln(3/4).
+  const std::vector<float> uniform = {0, 0, 0};
+  EXPECT_NEAR(score_row(p, uniform, 0).kl, 0.5 * std::log(1.5) + 0.5 * std::log(0.75), 1e-6);
   const RowScore self = score_row(p, p, 0);
   EXPECT_EQ(self.kl, 0);
   EXPECT_TRUE(self.same);
