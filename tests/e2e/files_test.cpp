@@ -37,7 +37,7 @@ fs::path copy_of(const std::string& name) {
   const std::string from =
       name == "shipped" ? shipped_model() : SNAPMLA_SOURCE_DIR "/tests/oracles/" + name;
   for (const auto& entry : fs::directory_iterator(from)) {
-    if (entry.path().filename() != "golden.safetensors") {
+    if (entry.is_regular_file() && entry.path().filename() != "golden.safetensors") {
       fs::copy_file(entry.path(), dir / entry.path().filename());
     }
   }
