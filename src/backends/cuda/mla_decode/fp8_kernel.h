@@ -13,8 +13,8 @@
 //
 // Grid: parts * row_tiles CTAs of 512 threads, one per SM. Each walks the items of its part.
 //   warpgroup 0 (24 registers)   warp 0: page copies; warp 1: token factors; warps 2, 3: query
-//   warpgroup 1                  scores, softmax, P
-//   warpgroups 2, 3              PV, output dims 0-255 and 256-511
+//   warpgroup 1                  scores, softmax, P; up to 32 rows: transposed, fp8_score_few.h
+//   warpgroups 2, 3              PV, output dims 0-255 and 256-511; merging of splits, fp8_store.h
 //
 //   tile:     j                    j+1
 //   wg 1    | QK(j) | softmax(j) | QK(j+1) | softmax(j+1) |
@@ -22,7 +22,7 @@
 //   copies  |  chunk by chunk into the ring of two tiles, as QK and PV release them
 //
 // Shared memory (bytes): query 40,960; ring 2 x (4 x 16,384 latent + 16,384 rope); P 2 x 8,192;
-// factors, sigma and barriers about 5,000. See Fp8SharedStorage.
+// factors, weights, row places and barriers about 8,000. See Fp8SharedStorage.
 #pragma once
 
 #include "backends/cuda/mla_decode/fp8_load.h"

@@ -24,6 +24,7 @@ struct PlanSizes {
   std::int64_t part, items, split_begin, split_count, merged, arrivals, lse_accum, out_accum,
       total;  // offsets
 };
+
 // Requests of 2 to so many splits are merged by the decode kernel, the others by combine.
 inline int merge_splits(KvCacheFormat format) {
   return format == KvCacheFormat::kFp8 ? kMergeSplits : 0;
