@@ -22,7 +22,7 @@
 //   copies  |  chunk by chunk into the ring of two tiles, as QK and PV release them
 //
 // Shared memory (bytes): query 40,960; ring 2 x (4 x 16,384 latent + 16,384 rope); P 2 x 8,192;
-// factors, weights, row places and barriers about 8,000. See Fp8SharedStorage.
+// factors, weights, row places and barriers 10,240 with padding. See Fp8SharedStorage.
 #pragma once
 
 #include "backends/cuda/mla_decode/fp8_load.h"
