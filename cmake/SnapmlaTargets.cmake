@@ -17,6 +17,22 @@ function(snapmla_target_defaults target)
   endif()
 endfunction()
 
+# For targets that only parse, print and compare: their compile time is what counts (JSON, flags and
+# test macros are templates). Of tests, undefined behaviour in the tests themselves is not looked for.
+function(snapmla_compile_fast target)
+  if(CMAKE_BUILD_TYPE STREQUAL "Debug")
+    return()
+  endif()
+  set(options -O1)
+  if(SNAPMLA_SANITIZE)
+    set(options -O0)
+    if(target MATCHES "^test_" AND SNAPMLA_SANITIZE MATCHES "undefined")
+      list(APPEND options -fno-sanitize=undefined)
+    endif()
+  endif()
+  target_compile_options(${target} PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:${options}>")
+endfunction()
+
 # snapmla_layer(<name> DIR <dir> [DEPS <targets>...]): library snapmla_<name> from src/<dir>/*.cpp.
 # A layer without sources becomes an interface library (headers only).
 function(snapmla_layer name)

@@ -6,9 +6,10 @@ source "$root/tools/common.sh"
 seconds=${1:-20}
 build "$root/build/fuzz" fuzz_targets -DSNAPMLA_CUDA=OFF -DSNAPMLA_BUILD_FUZZ=ON -DSNAPMLA_BUILD_TESTS=OFF \
   -DCMAKE_CXX_COMPILER=clang++-14
-ran=0
-for target in "$root"/build/fuzz/fuzz/fuzz_*; do
-  [ -x "$target" ] && [ -f "$target" ] || continue
+
+# fuzz TARGET: one of them; as many at a time as there are processors.
+fuzz() {
+  local target=$1 name corpus log
   name=$(basename "$target")
   corpus="$root/build/fuzz/corpus/$name"
   mkdir -p "$corpus"
@@ -17,7 +18,16 @@ for target in "$root"/build/fuzz/fuzz/fuzz_*; do
   log="$root/build/fuzz/$name.log"
   "$target" -max_total_time="$seconds" -rss_limit_mb=2048 -timeout=5 -print_final_stats=1 "$corpus" >"$log" 2>&1 ||
     { tail -n 40 "$log" >&2; die "$name found something (whole log: $log)"; }
-  grep 'stat::number_of_executed_units' "$log"
-  ran=$((ran + 1))
+  say "$name: $(grep 'stat::number_of_executed_units' "$log")"
+}
+
+pids=()
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+for target in "$root"/build/fuzz/fuzz/fuzz_*; do
+  [ -x "$target" ] && [ -f "$target" ] || continue
+  while [ "$(jobs -pr | wc -l)" -ge "$(nproc)" ]; do wait -n || exit 1; done
+  fuzz "$target" &
+  pids+=($!)
 done
-[ "$ran" -gt 0 ] || die "no fuzz target was built"
+[ "${#pids[@]}" -gt 0 ] || die "no fuzz target was built"
+for pid in "${pids[@]}"; do wait "$pid" || exit 1; done

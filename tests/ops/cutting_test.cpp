@@ -19,10 +19,10 @@ struct Plan {
 // Follows the plan kernel: requests in order, costs before each, pieces to parts.
 Plan cut(const std::vector<int>& tiles, const Cutting& how, int parts) {
   Plan plan{std::vector<long long>(static_cast<std::size_t>(parts)), 0};
-  long long before = 0;
+  Before before{0, 0};
   int last_part = 0;
   for (const int n : tiles) {
-    const Pieces pieces = pieces_of(how, n, before);
+    const Pieces pieces = pieces_of(how, n, before.cost);
     EXPECT_EQ(pieces.count == 0, n == 0);
     int covered = 0;
     for (int i = 0; i < pieces.count; ++i) {
@@ -31,7 +31,7 @@ Plan cut(const std::vector<int>& tiles, const Cutting& how, int parts) {
       EXPECT_GT(piece.tile_end, piece.tile_begin);
       EXPECT_GE(piece.part, last_part);
       EXPECT_LT(piece.part, parts);
-      if (!how.stream) {
+      if (how.cut != Cut::kStream) {
         EXPECT_LE(piece.tile_end - piece.tile_begin, how.limit);
       }
       plan.load[static_cast<std::size_t>(std::clamp(piece.part, 0, parts - 1))] +=
@@ -41,7 +41,8 @@ Plan cut(const std::vector<int>& tiles, const Cutting& how, int parts) {
       ++plan.items;
     }
     EXPECT_EQ(covered, n);
-    before += pieces.cost;
+    before.cost += pieces.cost;
+    before.pieces += pieces.count;
   }
   return plan;
 }
@@ -69,7 +70,7 @@ std::vector<std::vector<int>> batches() {
 TEST(Cutting, StreamSharesAreEven) {
   for (const std::vector<int>& tiles : batches()) {
     for (int parts : {1, 4, 33, 66, 132}) {
-      const Cutting how{true, 0, share_of(parts, total_cost(tiles, nullptr))};
+      const Cutting how{Cut::kStream, 0, share_of(parts, total_cost(tiles, nullptr))};
       const Plan plan = cut(tiles, how, parts);
       // A piece's start costs kItemCost again where a request is cut.
       const auto requests = static_cast<long long>(
@@ -84,7 +85,7 @@ TEST(Cutting, EvenPiecesKeepTheBoundsOfTheWorkspace) {
   for (const std::vector<int>& tiles : batches()) {
     for (int parts : {1, 4, 33, 66, 132}) {
       const long long stream_share = share_of(parts, total_cost(tiles, nullptr));
-      Cutting how{false, even_limit(stream_share), 0};
+      Cutting how{Cut::kEven, even_limit(stream_share), 0};
       how.share = share_of(parts, total_cost(tiles, &how));
       const Plan plan = cut(tiles, how, parts);
       // The workspace holds one item per request and one per part.
@@ -98,13 +99,62 @@ TEST(Cutting, UniformBatchesAreNotCut) {
   const std::vector<int> tiles(128, 64);
   for (int parts : {66, 132}) {
     const long long stream_share = share_of(parts, total_cost(tiles, nullptr));
-    Cutting how{false, even_limit(stream_share), 0};
+    Cutting how{Cut::kEven, even_limit(stream_share), 0};
     how.share = share_of(parts, total_cost(tiles, &how));
     const Plan plan = cut(tiles, how, parts);
     EXPECT_EQ(plan.items, 128);
     EXPECT_LE(*std::max_element(plan.load.begin(), plan.load.end()),
               stream_share + cut_cost(parts, 128));
   }
+}
+
+TEST(Cutting, OnePieceAPartSpreadsThem) {
+  for (const std::vector<int>& tiles : batches()) {
+    for (int parts : {1, 4, 33, 66, 132}) {
+      for (int limit : {1, 2, 5, 40}) {
+        Cutting how{Cut::kOneEach, limit, 0};
+        for (const int n : tiles) how.share += pieces_of(how, n, 0).count;
+        if (how.share == 0 || how.share > parts) continue;  // the plan does not take it
+        const Plan plan = cut(tiles, how, parts);
+        EXPECT_EQ(plan.items, how.share);
+        int busy = 0, gap = 0, longest_gap = 0;
+        for (const long long load : plan.load) {
+          if (load > 0) {
+            ++busy;
+            EXPECT_LE(load, limit + kItemCost) << "two pieces in one part";
+          }
+          gap = load > 0 ? 0 : gap + 1;
+          longest_gap = std::max(longest_gap, gap);
+        }
+        EXPECT_EQ(busy, how.share);
+        EXPECT_LE(longest_gap, parts / how.share);
+      }
+    }
+  }
+}
+
+// The choices that the sweeps of variant 26 found best.
+TEST(Cutting, OnePieceAPartLeavesSmsFreeWhereThatIsFaster) {
+  const auto best = [](int rows, int requests, int tiles) {
+    const int parts = rows > 64 ? 66 : 132;
+    std::pair<int, int> best{1 << 30, 0};
+    for (int i = 0; i < kCandidates; ++i) {
+      const int limit = std::max(1, (requests * tiles + parts - 1) / parts) + i;
+      const int count = (tiles + limit - 1) / limit;
+      if (requests * count > parts) continue;
+      best = std::min(best, {one_each_time(one_each_costs(rows), parts, (tiles + count - 1) / count,
+                                           count, requests * count),
+                             limit});
+    }
+    return best.second;
+  };
+  EXPECT_EQ(best(128, 1, 64), 2);     // 1 x 8,192: 32 pairs of SMs instead of 64
+  EXPECT_EQ(best(128, 1, 5), 1);      // 1 x 640
+  EXPECT_EQ(best(128, 16, 5), 2);     // 16 x 640
+  EXPECT_EQ(best(128, 1, 1024), 16);  // 1 x 131,072
+  EXPECT_EQ(best(64, 1, 64), 1);
+  EXPECT_EQ(best(16, 4, 64), 2);
+  EXPECT_EQ(best(16, 16, 16), 2);
 }
 
 TEST(Cutting, FewRequestsSaveLittle) {

@@ -89,12 +89,11 @@ __device__ void write(const DecodeParams& p, int request, int row, const Row& r,
 }
 
 template <int kWarps>
-__device__ void combine_row(const DecodeParams& p, int request, int row) {
+__device__ void combine_row(const DecodeParams& p, const DecodeMerge& of, int row) {
   __shared__ float shared_o[kWarps > 1 ? kWarps : 1][512];
   __shared__ float shared_weight[kWarps];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, share = warp % kWarps;
-  const int first = p.plan.split_begin[request], count = p.plan.split_count[request];
-  if (count == 1) return;  // written directly
+  const int first = of.first_slot, count = of.splits;
   float maximum = -INFINITY;
   for (int split = lane; split < count; split += 32)
     maximum =
@@ -112,7 +111,7 @@ __device__ void combine_row(const DecodeParams& p, int request, int row) {
       for (int k = 0; k < 16; ++k) r.o[k] += shared_o[w][k * 32 + lane];
     }
   }
-  if (share == 0) write(p, request, row, r, maximum);
+  if (share == 0) write(p, of.request, row, r, maximum);
 }
 
 // Few requests: grid (rows, batch), a CTA per row.
@@ -120,7 +119,8 @@ __global__ void __launch_bounds__(kThreads)
     combine_few_kernel(const __grid_constant__ DecodeParams p) {
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  combine_row<kWarpsPerCta>(p, static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x));
+  if (static_cast<int>(blockIdx.y) < *p.plan.num_merges)
+    combine_row<kWarpsPerCta>(p, p.plan.merges[blockIdx.y], static_cast<int>(blockIdx.x));
 }
 
 // Many requests: grid (rows / 16, some), a warp per row, over the plan's list of requests that need
@@ -131,16 +131,17 @@ __global__ void __launch_bounds__(kThreads)
   ptx::griddepcontrol_launch_dependents();
   const int row = static_cast<int>(blockIdx.x) * kWarpsPerCta + static_cast<int>(threadIdx.x >> 5);
   if (row >= p.rows) return;
-  const int num_merged = *p.plan.num_merged;
-  for (int i = static_cast<int>(blockIdx.y); i < num_merged; i += static_cast<int>(gridDim.y))
-    combine_row<1>(p, p.plan.merged[i], row);
+  const int num_merges = *p.plan.num_merges;
+  for (int i = static_cast<int>(blockIdx.y); i < num_merges; i += static_cast<int>(gridDim.y))
+    combine_row<1>(p, p.plan.merges[i], row);
 }
 
 }  // namespace
 
 void launch_combine(const DecodeParams& p, cudaStream_t stream) {
   const auto requests = static_cast<unsigned>(p.batch);
-  if (p.batch <= 8) {
+  // Which warps add up a row decides the order.
+  if (p.batch <= 8 && !p.deterministic) {
     launch("combine", Ordering::kOverlap, combine_few_kernel,
            dim3(static_cast<unsigned>(p.rows), requests), dim3(kThreads), 0, stream, p);
     return;

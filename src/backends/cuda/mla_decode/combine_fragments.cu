@@ -4,9 +4,9 @@
 //   m = max_s R_s,  w_s = 2^(R_s - m),  O = sum_s w_s O_s / sum_s w_s l_s,
 //   lse = ln 2 (m + log2 sum_s w_s l_s);  no token: O = 0, lse = -inf
 //
-// The work is cut into blocks of 8 rows x 64 dims. With few requests a CTA of four groups of 128
-// threads takes one block, each group every fourth split, and the groups meet; with many each group
-// takes a block of its own.
+// The work is cut into blocks of 8 rows x 64 dims and groups of 128 threads. Where a request may
+// have many splits, several groups share a block, each takes every kSharing-th split, and they
+// meet; otherwise each group takes a block of its own.
 // PTXAS: no-spill
 #include <algorithm>
 
@@ -21,7 +21,10 @@ namespace snapmla::cuda {
 namespace {
 
 constexpr int kThreads = 512, kGroups = kThreads / 128;
-constexpr int kAhead = 4;  // partial results in flight per thread
+constexpr int kAhead = 4;          // partial results in flight per thread
+constexpr int kEnough = 12;        // splits per group: fewer are not worth another group
+constexpr int kWaveGroups = 1024;  // groups that run at once, about
+constexpr unsigned kManyCtas = 384;
 
 // kSharing: groups that share a block.
 template <int kSharing>
@@ -30,8 +33,8 @@ struct Shared {
   static constexpr int kWeighed = 32 * kSharing;  // splits whose weights fit at a time
   float maximum[kBlocks][kSharing * 4][8], row_maximum[kBlocks][8];
   float weight[kBlocks][kWeighed][8], share[kBlocks][kWeighed][8];  // of O; of l
-  float4 o[kSharing][128];
-  float2 sum[kSharing][128];
+  float4 o[kBlocks][kSharing][128];
+  float2 sum[kBlocks][kSharing][128];
 };
 
 // Block (row tile, half of the dims, m, n) of the CTA; see fragments.h.
@@ -68,10 +71,9 @@ __device__ void write(const DecodeParams& p, int request, int row, int dim, cons
 
 // Threads of a block: `sharer` of kSharing * 128, `place` in the CTA.
 template <int kRows, int kSharing>
-__device__ void combine_block(const DecodeParams& p, Shared<kSharing>& s, int request) {
+__device__ void combine_block(const DecodeParams& p, Shared<kSharing>& s, int request, int first,
+                              int count) {
   constexpr int kSharers = kSharing * 128, kWeighed = Shared<kSharing>::kWeighed;
-  const int count = p.plan.split_count[request], first = p.plan.split_begin[request];
-  if (count > 0 && count <= p.merge_splits) return;  // written by the decode kernel
   const int thread = static_cast<int>(threadIdx.x) & 127;
   const int sharer = static_cast<int>(threadIdx.x) % kSharers, group = sharer >> 7;
   const int place = static_cast<int>(threadIdx.x) / kSharers;
@@ -137,16 +139,16 @@ __device__ void combine_block(const DecodeParams& p, Shared<kSharing>& s, int re
     }
   }
   if constexpr (kSharing > 1) {
-    s.o[group][thread] = o;
-    s.sum[group][thread] = sum;
+    s.o[place][group][thread] = o;
+    s.sum[place][group][thread] = sum;
   }
   __syncthreads();
   if (group == 0) {
 #pragma unroll
     for (int g = 1; g < kSharing; ++g) {
-      const float4 other = s.o[g][thread];
+      const float4 other = s.o[place][g][thread];
       o = make_float4(o.x + other.x, o.y + other.y, o.z + other.z, o.w + other.w);
-      sum = make_float2(sum.x + s.sum[g][thread].x, sum.y + s.sum[g][thread].y);
+      sum = make_float2(sum.x + s.sum[place][g][thread].x, sum.y + s.sum[place][g][thread].y);
     }
     const int first_row = b.row_begin + 8 * b.n + 2 * t, g = (thread & 31) >> 2;
     const float2 inverse =
@@ -168,41 +170,47 @@ __device__ void combine_block(const DecodeParams& p, Shared<kSharing>& s, int re
   __syncthreads();  // before the next request writes shared memory
 }
 
-// Few requests: grid (blocks, requests).
-template <int kRows>
+// Grid (blocks, some): over the plan's list.
+template <int kRows, int kSharing>
 __global__ void __launch_bounds__(kThreads)
-    combine_few_fragments_kernel(const __grid_constant__ DecodeParams p) {
-  __shared__ Shared<kGroups> s;
+    combine_fragments_kernel(const __grid_constant__ DecodeParams p) {
+  __shared__ Shared<kSharing> s;
+  // The decode kernel lets this one start only when the plan is there: nothing to wait for yet.
+  const int num_merges = *p.plan.num_merges;
+  int i = static_cast<int>(blockIdx.y);
+  DecodeMerge merge = p.plan.merges[i];  // both at once; the grid has at most `batch` of them
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  combine_block<kRows, kGroups>(p, s, static_cast<int>(blockIdx.y));
+  while (i < num_merges) {
+    combine_block<kRows>(p, s, merge.request, merge.first_slot, merge.splits);
+    i += static_cast<int>(gridDim.y);
+    if (i < num_merges) merge = p.plan.merges[i];
+  }
 }
 
-// Many: grid (blocks / 4, some), over the plan's list of requests that are left.
-template <int kRows>
-__global__ void __launch_bounds__(kThreads)
-    combine_many_fragments_kernel(const __grid_constant__ DecodeParams p) {
-  __shared__ Shared<1> s;
-  ptx::griddepcontrol_wait();
-  ptx::griddepcontrol_launch_dependents();
-  const int num_merged = *p.plan.num_merged;
-  for (int i = static_cast<int>(blockIdx.y); i < num_merged; i += static_cast<int>(gridDim.y))
-    combine_block<kRows, 1>(p, s, p.plan.merged[i]);
+template <int kRows, int kSharing>
+void launch_sharing(const DecodeParams& p, cudaStream_t stream) {
+  const auto requests = static_cast<unsigned>(p.batch);
+  const auto ctas =
+      static_cast<unsigned>(p.row_tiles * 2 * 4 * (kRows / 8) / Shared<kSharing>::kBlocks);
+  // With many requests most are merged by the decode kernel, often all: few CTAs start sooner.
+  const unsigned most = requests <= 16 ? requests : std::clamp(kManyCtas / ctas, 1u, requests);
+  launch("combine", Ordering::kOverlap, combine_fragments_kernel<kRows, kSharing>, dim3(ctas, most),
+         dim3(kThreads), 0, stream, p);
 }
 
 template <int kRows>
 void launch_rows(const DecodeParams& p, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>(p.row_tiles * 2 * 4 * (kRows / 8));
-  const auto requests = static_cast<unsigned>(p.batch);
-  if (requests <= 8) {
-    launch("combine", Ordering::kOverlap, combine_few_fragments_kernel<kRows>,
-           dim3(blocks, requests), dim3(kThreads), 0, stream, p);
-  } else {
-    // Most requests are merged by the decode kernel, often all: few CTAs start sooner.
-    const unsigned ctas = blocks / kGroups;
-    launch("combine", Ordering::kOverlap, combine_many_fragments_kernel<kRows>,
-           dim3(ctas, std::clamp(384u / ctas, 1u, requests)), dim3(kThreads), 0, stream, p);
-  }
+  // Of equal requests: more only takes longer. Groups share where they would have many splits, and
+  // where there are not enough blocks for all SMs.
+  const int splits = std::min(p.parts / p.batch + 1, p.max_tiles);
+  const std::int64_t blocks = std::int64_t{p.batch} * p.row_tiles * 2 * 4 * (kRows / 8);
+  const auto sharing_pays = [&](int sharing) {
+    return splits > sharing / 2 * kEnough || blocks * sharing <= kWaveGroups;
+  };
+  if (p.deterministic || sharing_pays(4)) return launch_sharing<kRows, 4>(p, stream);
+  if (sharing_pays(2)) return launch_sharing<kRows, 2>(p, stream);
+  launch_sharing<kRows, 1>(p, stream);
 }
 
 }  // namespace

@@ -16,13 +16,22 @@ SNAPMLA_HD long long share_of(int parts, long long total_cost) {
   return share > 1 ? share : 1;
 }
 
-// Stream: at every multiple of `share` of the batch's cost, wherever that falls. Even: a request of
-// more than `limit` tiles into equal pieces no longer than that, shorter ones not at all; a piece
-// goes to the part in which it begins.
+// Stream: at every multiple of `share` of the batch's cost, wherever that falls. Even and one each:
+// a request of more than `limit` tiles into equal pieces no longer than that, shorter ones not at
+// all. Even: a piece goes to the part in which it begins. One each: every piece has its own part,
+// and parts without one lie between them, so that neighbouring SMs do not all work or all wait.
+enum class Cut : signed char { kStream, kEven, kOneEach };
+
 struct Cutting {
-  bool stream;
-  int limit;        // even
-  long long share;  // cost per part
+  Cut cut;
+  int limit;        // even, one each
+  long long share;  // cost per part: stream, even; pieces in all: one each
+};
+
+// What lies before a request: the cost of the pieces, and their number.
+struct Before {
+  long long cost;
+  int pieces;
 };
 
 // Limit of an even cut that may load a part by kCutCost more than `share`.
@@ -43,7 +52,7 @@ struct Pieces {
 
 SNAPMLA_HD Pieces pieces_of(const Cutting& how, int tiles, long long cost_before) {
   if (tiles == 0) return {0, 0, 0, 0};
-  if (!how.stream) {
+  if (how.cut != Cut::kStream) {
     const int count = (tiles + how.limit - 1) / how.limit;
     return {count, tiles + count * kItemCost, 0, 0};
   }
@@ -58,11 +67,15 @@ struct Piece {
 };
 
 SNAPMLA_HD Piece piece_at(int parts, const Cutting& how, const Pieces& pieces, int tiles,
-                          long long cost_before, int i) {
-  if (!how.stream) {
+                          const Before& before, int i) {
+  if (how.cut != Cut::kStream) {
     const int even = tiles / pieces.count, longer = tiles % pieces.count;
     const int begin = i * even + (i < longer ? i : longer), end = begin + even + (i < longer);
-    const long long start = cost_before + begin + static_cast<long long>(i) * kItemCost;
+    if (how.cut == Cut::kOneEach) {
+      const long long place = static_cast<long long>(before.pieces + i) * parts / how.share;
+      return {static_cast<int>(place), begin, end};
+    }
+    const long long start = before.cost + begin + static_cast<long long>(i) * kItemCost;
     const long long part = start / how.share;
     return {static_cast<int>(part < parts ? part : parts - 1), begin, end};
   }
@@ -72,6 +85,35 @@ SNAPMLA_HD Piece piece_at(int parts, const Cutting& how, const Pieces& pieces, i
     return static_cast<int>(at < 0 ? 0 : at < tiles ? at : tiles);
   };
   return {part, cut(part), cut(part + 1)};
+}
+
+// What one piece a part costs, in hundredths of a microsecond: a tile, a split in combine, and,
+// from 33 rows on, all SMs at work at once: with half of them, of each pair of SMs one, a tile's
+// keys arrive sooner. From sweeps on an H200 (docs/notes/fp8-decode-hopper.md, variant 26).
+struct OneEachCosts {
+  int tile, split, crowd;
+};
+
+SNAPMLA_HD OneEachCosts one_each_costs(int rows) {
+  return rows <= 32   ? OneEachCosts{120, 5, 0}
+         : rows <= 64 ? OneEachCosts{220, 2, 350}
+                      : OneEachCosts{220, 2, 200};
+}
+
+inline constexpr int kCandidates = 32;  // limits that are compared
+
+// Time of `pieces` pieces of up to `longest` tiles, at most `splits` of one request.
+SNAPMLA_HD int one_each_time(const OneEachCosts& costs, int parts, int longest, int splits,
+                             int pieces) {
+  const int crowded = 2 * pieces - parts;
+  return longest * costs.tile + splits * costs.split +
+         (crowded > 0 ? costs.crowd * crowded / parts : 0);
+}
+
+// Whether one piece a part is worth a try: up to about ten tiles a part, or so few requests that
+// even pieces load all parts alike.
+SNAPMLA_HD bool is_few(long long share, int requests) {
+  return share < 2 * kCutCost || (requests <= 2 && share < 1 << 20);
 }
 
 }  // namespace snapmla::cuda

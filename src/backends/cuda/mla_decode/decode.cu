@@ -212,7 +212,8 @@ void mla_decode(const MlaDecodeArgs& a, const DecodeShape& shape, const Workspac
   p.row_tiles = static_cast<std::int32_t>(sizes.row_tiles);
   p.parts = static_cast<std::int32_t>(sizes.parts);
   p.slot_rows = static_cast<std::int32_t>(sizes.slot_rows);
-  p.merge_splits = merge_splits(shape.format);
+  p.max_tiles = static_cast<std::int32_t>(sizes.max_tiles);
+  p.deterministic = shape.deterministic;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (fp8) {
     launch_mla_decode_fp8(p, a.numerics.p_block, cuda_stream);

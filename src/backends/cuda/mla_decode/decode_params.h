@@ -6,8 +6,8 @@
 //               second read of a page comes from L2:  blockIdx.x = part * row_tiles + row_tile
 //   item      = (request, [tile_begin, tile_end), slot): consecutive tiles of kTileTokens tokens
 //   slot      = -1: the whole request, written to out / lse directly; otherwise the index of a
-//               partial result in out_accum / lse_accum. Up to merge_splits of them are merged by
-//               the CTA that comes last, more by combine
+//               partial result in out_accum / lse_accum. Some are merged by the CTA that comes
+//               last, the others by combine
 #pragma once
 
 #include <cuda.h>
@@ -20,6 +20,7 @@ namespace snapmla::cuda {
 inline constexpr int kTileTokens = 128;  // two pages
 inline constexpr int kRowTile = 64;
 inline constexpr int kMergeSplits = 3;  // most partial results that the FP8 kernel merges itself
+inline constexpr int kLeftToCombine = kMergeSplits + 1;
 
 // All that a kernel has to know of an item, so that one load tells it.
 struct alignas(16) DecodeItem {
@@ -27,7 +28,8 @@ struct alignas(16) DecodeItem {
   std::int32_t tile_begin, tile_end;  // tiles of kTileTokens tokens, from the request's start
   std::int32_t length;                // of the request, when the plan was made
   std::int32_t slot;
-  std::int32_t first_slot, splits;  // of the request; 0 and 1 where slot is -1
+  std::int32_t first_slot;  // of the request; 0 where slot is -1
+  std::int32_t splits;      // that the decode kernel merges, kLeftToCombine, or 1 where slot is -1
   std::int32_t reserved;
 };
 
@@ -37,16 +39,20 @@ struct alignas(16) DecodePart {
   std::int32_t begin, count;  // items
 };
 
+// What combine has to write.
+struct alignas(16) DecodeMerge {
+  std::int32_t request, first_slot, splits;  // no splits: an empty request
+  std::int32_t reserved;
+};
+
 // Device pointers into the workspace.
 struct DecodePlanView {
-  DecodePart* parts;          // [parts]
-  DecodeItem* items;          // [max_items]
-  std::int32_t* split_begin;  // [batch] first slot of a request with two or more items
-  std::int32_t* split_count;  // [batch] 0: empty request, 1: written directly, n: slots
-  std::int32_t* num_merged;   // how many requests combine has to write
-  std::int32_t* merged;       // [batch] those requests, in no order
-  std::int32_t* arrivals;     // [max_slots, row_tiles, 2] of a request's first slot, by half of the
-                              // output dims: how many partial results are there; 0 between launches
+  DecodePart* parts;         // [parts]
+  DecodeItem* items;         // [max_items]
+  DecodeMerge* merges;       // [batch] what is left to combine, in no order
+  std::int32_t* num_merges;  // how many
+  std::int32_t* arrivals;    // [max_slots, row_tiles, 2] of a request's first slot, by half of the
+                             // output dims: how many partial results are there; 0 between launches
   // Partial results. BF16: O / l and lse (base 2). FP8: O, as fragments.h says, and (R, l).
   float* out_accum;  // [max_slots, slot_rows, 512] f32
   float* lse_accum;  // [max_slots, rows] f32, FP8: [max_slots, rows, 2]
@@ -84,8 +90,9 @@ struct DecodeParams {
   DecodePlanView plan;
   float scale_log2e;  // softmax_scale * log2(e)
   std::int32_t batch, heads_q, seqlen_q, rows, row_tiles, parts;
-  std::int32_t slot_rows;     // rows of a partial result: `rows` up to whole PV widths
-  std::int32_t merge_splits;  // requests of 2 to so many splits are merged by the decode kernel
+  std::int32_t slot_rows;  // rows of a partial result: `rows` up to whole PV widths
+  std::int32_t max_tiles;  // of a request, by the width of block_table
+  bool deterministic;      // the order of sums must not depend on the batch
 };
 
 // Items of one part in the order of work. The last item, which the next part may share, comes

@@ -76,7 +76,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     setmaxnreg_dec<24>();
     const int warp = thread >> 5;
     if (warp == 0) {
-      if (thread == 0) copy_pages(p, s, items);
+      if (thread == 0) {
+        copy_pages(p, s, items);
+        griddepcontrol_launch_dependents();  // combine may come while the last tiles are computed
+      }
     } else if (warp == 1) {
       make_factors<Traits>(p, s, items);
     } else {
@@ -94,7 +97,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     setmaxnreg_inc<Traits::kPvRegisters>();
     accumulate_values<Traits>(p, s, items, row_begin, warpgroup - 2);
   }
-  griddepcontrol_launch_dependents();
 }
 
 }  // namespace fp8_decode

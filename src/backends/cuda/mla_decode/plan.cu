@@ -1,6 +1,7 @@
 // One CTA computes the whole plan: costs, their prefix sums, and the items in order.
 // PTXAS: no-spill
 #include <algorithm>
+#include <climits>
 
 #include "backends/cuda/launch.h"
 #include "backends/cuda/mla_decode/cutting.h"
@@ -32,9 +33,8 @@ PlanSizes plan_sizes(const DecodeShape& shape, int num_sms) {
   };
   s.part = take(s.parts * static_cast<std::int64_t>(sizeof(DecodePart)));
   s.items = take(s.max_items * static_cast<std::int64_t>(sizeof(DecodeItem)));
-  s.split_begin = take(shape.batch * 4);
-  s.split_count = take(shape.batch * 4);
-  s.merged = take((shape.batch + 1) * 4);
+  s.merges = take(shape.batch * static_cast<std::int64_t>(sizeof(DecodeMerge)));
+  s.num_merges = take(4);
   s.arrivals = take(s.max_items * s.row_tiles * 2 * 4);
   s.lse_accum = take(s.max_items * s.rows * 8);
   s.out_accum = take(s.max_items * s.slot_rows * kKvLoraRank * 4);
@@ -46,10 +46,8 @@ DecodePlanView plan_view(const PlanSizes& sizes, void* workspace) {
   auto* base = static_cast<std::uint8_t*>(workspace);
   return {reinterpret_cast<DecodePart*>(base + sizes.part),
           reinterpret_cast<DecodeItem*>(base + sizes.items),
-          reinterpret_cast<std::int32_t*>(base + sizes.split_begin),
-          reinterpret_cast<std::int32_t*>(base + sizes.split_count),
-          reinterpret_cast<std::int32_t*>(base + sizes.merged),
-          reinterpret_cast<std::int32_t*>(base + sizes.merged) + 1,
+          reinterpret_cast<DecodeMerge*>(base + sizes.merges),
+          reinterpret_cast<std::int32_t*>(base + sizes.num_merges),
           reinterpret_cast<std::int32_t*>(base + sizes.arrivals),
           reinterpret_cast<float*>(base + sizes.out_accum),
           reinterpret_cast<float*>(base + sizes.lse_accum)};
@@ -60,7 +58,7 @@ namespace {
 struct PlanArgs {
   const std::int32_t* cache_seqlens;
   DecodePlanView view;
-  int batch, parts, max_tiles, row_tiles, merge_splits;
+  int batch, parts, max_tiles, row_tiles, rows, merge_splits;
   bool deterministic;
 };
 
@@ -113,21 +111,53 @@ __device__ long long even_total(const PlanArgs& a, const Cutting& how, Sums* scr
   return total.cost;
 }
 
+// The best limit for one piece a part, a warp per candidate; limit 0: all leave too many pieces.
+// `best` is LLONG_MAX before.
+__device__ Cutting cut_one_each(const PlanArgs& a, long long total_tiles, long long* best) {
+  const int warp = static_cast<int>(threadIdx.x) >> 5, lane = static_cast<int>(threadIdx.x) & 31;
+  static_assert(kPlanThreads / 32 == kCandidates);
+  const int limit = max(1, static_cast<int>((total_tiles + a.parts - 1) / a.parts)) + warp;
+  int longest = 0, splits = 0, pieces = 0;
+  for (int b = lane; b < a.batch; b += 32) {
+    const int tiles = tiles_of(length_of(a, b)), count = (tiles + limit - 1) / limit;
+    if (tiles == 0) continue;
+    longest = max(longest, (tiles + count - 1) / count);
+    splits = max(splits, count);
+    pieces = min(pieces + count, kMaxParts + 1);  // of more than 32 requests, too, no overflow
+  }
+  longest = __reduce_max_sync(~0u, longest);
+  splits = __reduce_max_sync(~0u, splits);
+  pieces = __reduce_add_sync(~0u, pieces);
+  if (lane == 0 && pieces <= a.parts) {
+    const long long time = one_each_time(one_each_costs(a.rows), a.parts, longest, splits, pieces);
+    atomicMin(best, time << 32 | static_cast<long long>(pieces) << 16 | warp);
+  }
+  __syncthreads();
+  if (*best == LLONG_MAX) return {Cut::kOneEach, 0, 0};
+  return {Cut::kOneEach, limit - warp + static_cast<int>(*best & 0xffff), *best >> 16 & 0xffff};
+}
+
 // A request that is cut at any place costs its parts a second start and a merge. Where even pieces
 // load no part by more than that, they are better; with few requests only few parts would pay it.
-// `load` and `most` are zero before and after.
-__device__ Cutting choose_cutting(const PlanArgs& a, Sums* scratch, int* load, int* most) {
+// `load` and `most` are zero before and after, `best` is LLONG_MAX before.
+__device__ Cutting choose_cutting(const PlanArgs& a, Sums* scratch, int* load, int* most,
+                                  long long* best) {
   const int thread = static_cast<int>(threadIdx.x);
-  Cutting stream{true, 0, 0};
+  Cutting stream{Cut::kStream, 0, 0};
   Sums total{0, 0, 0};
   for (int begin = 0; begin < a.batch; begin += kPlanThreads) {
     const int cost = cost_of(tiles_of(length_of(a, begin + thread)));
     exclusive_scan({cost, cost > 0 ? 1 : 0, 0}, total, scratch);
   }
   stream.share = share_of(a.parts, total.cost);
-  // Few tiles: balance is all that counts. (More than an int holds: nobody has that many.)
-  if (stream.share < 2 * kCutCost || stream.share > 1 << 30) return stream;
-  Cutting even{false, even_limit(stream.share), 0};
+  if (stream.share > 1 << 30) return stream;  // nobody has that many
+  if (is_few(stream.share, total.items)) {
+    const long long tiles = total.cost - static_cast<long long>(total.items) * kItemCost;
+    const Cutting one_each = cut_one_each(a, tiles, best);
+    if (one_each.limit > 0) return one_each;
+    if (stream.share < 2 * kCutCost) return stream;
+  }
+  Cutting even{Cut::kEven, even_limit(stream.share), 0};
   even.share = share_of(a.parts, even_total(a, even, scratch));
   Sums base{0, 0, 0};
   for (int begin = 0; begin < a.batch; begin += kPlanThreads) {
@@ -135,7 +165,7 @@ __device__ Cutting choose_cutting(const PlanArgs& a, Sums* scratch, int* load, i
     const Pieces pieces = pieces_of(even, tiles, 0);
     const Sums before = exclusive_scan({pieces.cost, 0, 0}, base, scratch);
     for (int i = 0; i < pieces.count; ++i) {
-      const Piece piece = piece_at(a.parts, even, pieces, tiles, before.cost, i);
+      const Piece piece = piece_at(a.parts, even, pieces, tiles, {before.cost, 0}, i);
       atomicAdd(&load[piece.part], piece.tile_end - piece.tile_begin + kItemCost);
     }
   }
@@ -152,20 +182,22 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanArgs a) {
   __shared__ Sums scratch[kPlanThreads / 32];
   __shared__ int part_end[kMaxParts];
   __shared__ int most;
+  __shared__ long long best;
   const int thread = static_cast<int>(threadIdx.x);
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   for (int part = thread; part < kMaxParts; part += kPlanThreads) part_end[part] = 0;
   if (thread == 0) {
-    *a.view.num_merged = 0;
+    *a.view.num_merges = 0;
     most = 0;
+    best = LLONG_MAX;
   }
   __syncthreads();
-  Cutting how{false, kTilesPerSplit, 0};
+  Cutting how{Cut::kEven, kTilesPerSplit, 0};
   if (a.deterministic) {
     how.share = share_of(a.parts, even_total(a, how, scratch));
   } else {
-    how = choose_cutting(a, scratch, part_end, &most);
+    how = choose_cutting(a, scratch, part_end, &most, &best);
   }
 
   Sums base{0, 0, 0}, cost_base{0, 0, 0};
@@ -174,18 +206,21 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanArgs a) {
     // In a stream the cost does not depend on how the request is cut, and elsewhere the cut not on
     // the cost before.
     const Sums cost = exclusive_scan(
-        {how.stream ? cost_of(tiles) : pieces_of(how, tiles, 0).cost, 0, 0}, cost_base, scratch);
+        {how.cut == Cut::kStream ? cost_of(tiles) : pieces_of(how, tiles, 0).cost, 0, 0}, cost_base,
+        scratch);
     const Pieces pieces = pieces_of(how, tiles, cost.cost);
     const Sums at =
         exclusive_scan({0, pieces.count, pieces.count > 1 ? pieces.count : 0}, base, scratch);
     if (b >= a.batch) continue;
+    // Merging in the decode kernel pays where other CTAs' work hides it.
     const bool split = pieces.count > 1;
-    a.view.split_begin[b] = at.slots;
-    a.view.split_count[b] = pieces.count;
-    if (pieces.count == 0 || pieces.count > max(1, a.merge_splits))
-      a.view.merged[atomicAdd(a.view.num_merged, 1)] = b;
+    const bool merge_here = split && pieces.count <= a.merge_splits && how.cut != Cut::kOneEach;
+    if (pieces.count == 0 || (split && !merge_here)) {
+      a.view.merges[atomicAdd(a.view.num_merges, 1)] =
+          DecodeMerge{b, static_cast<std::int32_t>(at.slots), pieces.count, 0};
+    }
     for (int i = 0; i < pieces.count; ++i) {
-      const Piece piece = piece_at(a.parts, how, pieces, tiles, cost.cost, i);
+      const Piece piece = piece_at(a.parts, how, pieces, tiles, {cost.cost, at.items}, i);
       const int index = at.items + i;
       DecodeItem item{};
       item.request = b;
@@ -194,7 +229,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanArgs a) {
       item.length = length;
       item.slot = split ? at.slots + i : -1;
       item.first_slot = split ? at.slots : 0;
-      item.splits = pieces.count;
+      item.splits = split && !merge_here ? kLeftToCombine : pieces.count;
       a.view.items[index] = item;
       atomicMax(&part_end[piece.part], index + 1);
     }
@@ -238,6 +273,7 @@ void launch_plan(const DecodeShape& shape, const PlanSizes& sizes,
                       static_cast<int>(sizes.parts),
                       static_cast<int>(sizes.max_tiles),
                       static_cast<int>(sizes.row_tiles),
+                      static_cast<int>(sizes.rows),
                       merge_splits(shape.format),
                       shape.deterministic};
   launch("plan_decode", Ordering::kOverlap, plan_kernel, dim3(1), dim3(kPlanThreads), 0, stream,

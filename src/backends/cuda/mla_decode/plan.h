@@ -21,7 +21,7 @@ inline constexpr int kTilesPerSplit = 32;  // deterministic mode: 4096 tokens
 // Sizes that follow from a shape and the GPU's number of SMs.
 struct PlanSizes {
   std::int64_t rows, row_tiles, slot_rows, parts, max_tiles, max_items;
-  std::int64_t part, items, split_begin, split_count, merged, arrivals, lse_accum, out_accum,
+  std::int64_t part, items, merges, num_merges, arrivals, lse_accum, out_accum,
       total;  // offsets
 };
 
