@@ -4,6 +4,7 @@
 
 #ifdef SNAPMLA_CUDA_BENCH
 #include "gpu/bench_cli.h"
+#include "gpu/machine.h"
 #else
 #include "snapmla/cuda.h"
 #include "snapmla/error.h"
@@ -38,6 +39,8 @@ void register_accuracy(CLI::App& bench, int& status) {
           "  snapmla bench accuracy --heads 16 -c 1024,32768 --markdown accuracy.md");
 }
 
+nlohmann::ordered_json describe_gpu() { return gpu::machine_report(gpu::Nvml(0)); }
+
 #else
 
 int CudaAttention::run(const std::vector<int>&, const std::vector<int>&, const std::vector<int>&,
@@ -48,6 +51,8 @@ int CudaAttention::run(const std::vector<int>&, const std::vector<int>&, const s
 }
 
 void register_accuracy(CLI::App&, int&) {}
+
+nlohmann::ordered_json describe_gpu() { return nullptr; }
 
 #endif
 

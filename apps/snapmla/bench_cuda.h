@@ -5,6 +5,7 @@
 #include <CLI/CLI.hpp>
 #include <cstdint>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
@@ -29,5 +30,8 @@ class CudaAttention {
 };
 
 void register_accuracy(CLI::App& bench, int& status);
+
+// Name, driver and sizes of the current GPU, for reports; null in a build without CUDA.
+nlohmann::ordered_json describe_gpu();
 
 }  // namespace snapmla::app::bench

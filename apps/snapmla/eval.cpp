@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "bench.h"
+#include "bench_cuda.h"
 #include "commands.h"
 #include "interrupt.h"
 #include "progress.h"
@@ -96,6 +97,7 @@ int run_eval(EvalFlags& flags, const CLI::App& command) {
   quality::Journal::Json report = bench::describe_run();
   report.update(evaluation.report());
   report["machine"] = bench::describe_machine(bench::thread_count(s.threads));
+  if (report["settings"]["device"] == "cuda") report["gpu"] = bench::describe_gpu();
   report["seconds_of_last_run"] = seconds();
   write_file(s.out_dir + "/report.json", report.dump(1) + "\n");
   const std::string text = quality::markdown(report);
