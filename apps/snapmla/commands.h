@@ -22,6 +22,7 @@ inline constexpr int kMaxThreads = 4096;
 struct ModelFlags {
   std::string model;  // empty: the shipped model
   std::string kv_cache = "fp8";
+  std::string kv_rounding = "nearest";
   std::string device = "auto";
   std::int64_t max_model_len = 0;
   int threads = 0;

@@ -78,6 +78,12 @@ void add_model_flags(CLI::App& app, ModelFlags& flags) {
       ->type_name("FORMAT")
       ->check(one_of({"fp8", "bf16", "f32"}))
       ->group("Model");
+  app.add_option("--kv-rounding", flags.kv_rounding,
+                 "How an fp8 cache rounds latents: nearest, or feedback,\n"
+                 "closer to bf16 for the same bytes (default: nearest)")
+      ->type_name("WAY")
+      ->check(one_of({"nearest", "feedback"}))
+      ->group("Model");
   app.add_option("--device", flags.device,
                  "auto, cpu, cuda, or ref, the slow specification\n(default: auto)")
       ->type_name("NAME")
@@ -99,6 +105,8 @@ EngineOptions engine_options(const ModelFlags& flags) {
   options.model_dir = flags.model.empty() ? default_model() : flags.model;
   options.backend = flags.device;
   options.kv_cache = parse_format(flags.kv_cache);
+  options.kv_rounding =
+      flags.kv_rounding == "feedback" ? KvRounding::kFeedback : KvRounding::kNearest;
   options.max_model_len = flags.max_model_len;
   options.threads = flags.threads;
   options.on_load_progress = load_progress();

@@ -112,6 +112,13 @@ struct KvCacheView {
 // part exact.
 enum class ScaleMode : std::uint8_t { kAmax, kPow2 };
 
+// How latents are rounded to e4m3. kNearest: each element by itself, which is the format's
+// definition. kFeedback: an element's rounding error is fed back into the targets of others, with
+// weights from kv_b_proj, so that scores and values keep what a latent says about them; the pages
+// hold codes and scales as before and are read by the same kernels
+// (docs/design/0005-feedback-rounding.md).
+enum class KvRounding : std::uint8_t { kNearest, kFeedback };
+
 // Quantise and store new tokens. Bitwise the same on every backend.
 struct AppendKvArgs {
   TensorView latent;        // [num_tokens, 512] f32 or bf16: the post-norm latent c_kv

@@ -79,6 +79,7 @@ struct Engine::Impl {
   SamplingParams sampling;  // the checkpoint's defaults
   std::int64_t max_len = 0;
   std::unique_ptr<PagedCache> cache;
+  std::optional<model::KvFeedback> feedback;
   std::unique_ptr<model::Forward> forward;
 
   explicit Impl(EngineOptions given);
@@ -130,6 +131,10 @@ Engine::Impl::Impl(EngineOptions given)
                                          pages_for(pool), ops->memory());
     forward = std::make_unique<model::Forward>(config, weights, *ops, *cache, max_len,
                                                options.scale_mode, options.numerics);
+    if (options.kv_rounding == KvRounding::kFeedback && options.kv_cache == KvCacheFormat::kFp8) {
+      feedback.emplace(config, weights, ops->memory(), options.threads);
+      forward->round_latents_by(&*feedback);
+    }
   } catch (const std::bad_alloc&) {
     does_not_fit("out of memory");
   } catch (const Error& e) {

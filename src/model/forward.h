@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "kv_cache/paged_cache.h"
+#include "model/kv_feedback.h"
 #include "model/weights.h"
 #include "ops/op_set.h"
 #include "snapmla/mla.h"
@@ -63,6 +64,10 @@ class Forward {
   // [rows, vocab_size] f32 on the host.
   void logits(const TensorView& hidden, std::vector<float>& out);
 
+  // From now on latents are rounded by `feedback` before they are stored; null: to nearest. For an
+  // FP8 cache.
+  void round_latents_by(const KvFeedback* feedback) { feedback_ = feedback; }
+
   // For measurements; an empty observer ends them.
   void observe_queries(QueryObserver observer) { observer_ = std::move(observer); }
 
@@ -100,6 +105,7 @@ class Forward {
   ScaleMode scale_mode_;
   DecodeNumerics numerics_;
   std::int64_t max_positions_;
+  const KvFeedback* feedback_ = nullptr;
   QueryObserver observer_;
   LayerObserver layer_observer_;
   Buffer rope_table_;  // [max_positions, rope] f32 cos, sin pairs

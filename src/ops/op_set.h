@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "ops/rounding.h"
 #include "ops/study.h"
 #include "snapmla/kv_cache.h"
 #include "snapmla/mla.h"
@@ -143,6 +144,8 @@ class OpSet {
   virtual void quantize_q(const QuantizeQArgs& args) = 0;
   virtual void append_kv(const AppendKvArgs& args) = 0;
   virtual void fetch_dequant(const FetchDequantArgs& args) = 0;
+  // One row after the other on the host, unless a backend knows better.
+  virtual void round_latents(const RoundLatentsArgs& args);
   virtual void mla_decode(const MlaDecodeArgs& args) = 0;
   virtual void mla_prefill(const MlaPrefillArgs& args) = 0;
 

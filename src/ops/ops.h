@@ -16,6 +16,7 @@ void check_args(const MlaDecodeArgs& args);
 
 void quantize_q(OpSet& ops, const QuantizeQArgs& args);
 void append_kv(OpSet& ops, const AppendKvArgs& args);
+void round_latents(OpSet& ops, const RoundLatentsArgs& args);
 void fetch_dequant(OpSet& ops, const FetchDequantArgs& args);
 void mla_decode(OpSet& ops, const MlaDecodeArgs& args);
 void mla_prefill(OpSet& ops, const MlaPrefillArgs& args);

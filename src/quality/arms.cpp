@@ -71,6 +71,8 @@ std::vector<Arm> make_arms() {
   arms.push_back(fp8("a2", "SnapMLA, P in blocks of 128"));
   arms.push_back(fp8("a2-64", "SnapMLA, P in blocks of 64"));
   arms.back().p_block = 64;
+  arms.push_back(fp8("a2-feedback", "SnapMLA, latents rounded with feedback"));
+  arms.back().feedback = true;
   ops::StudyNumerics study;
   study.accumulation = Accumulation::kTensorCoreOneLevel;
   arms.push_back(

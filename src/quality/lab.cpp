@@ -134,6 +134,11 @@ ArmModel::ArmModel(Lab& lab, const Arm& arm, std::int64_t pool_tokens, std::int6
       forward_(lab.config, lab.weights, ops_, cache_, max_positions, ScaleMode::kAmax,
                DecodeNumerics{arm.p_block, true, false}) {
   ops_.attach(cache_, pages_for(pool_tokens));
+  if (!arm.feedback) return;
+  if (!lab.feedback) {
+    lab.feedback.emplace(lab.config, lab.weights, lab.ops->memory(), lab.pool.num_threads());
+  }
+  forward_.round_latents_by(&*lab.feedback);
 }
 
 void extend(SequencePages& pages, std::int64_t count) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -30,7 +31,8 @@ struct Lab {
   model::Checkpoint checkpoint;
   model::ModelWeights weights;
   std::unique_ptr<Tokenizer> tokenizer;
-  ThreadPool pool;  // for what is done with logits
+  ThreadPool pool;                            // for what is done with logits
+  std::optional<model::KvFeedback> feedback;  // made for the first arm that wants it
 
   bool on_host() const { return ops->memory().host_accessible(); }
 };
@@ -53,6 +55,7 @@ class ArmOps final : public ops::OpSet {
   void quantize_q(const QuantizeQArgs& args) override { inner_.quantize_q(args); }
   void append_kv(const AppendKvArgs& args) override;
   void fetch_dequant(const FetchDequantArgs& args) override { inner_.fetch_dequant(args); }
+  void round_latents(const ops::RoundLatentsArgs& args) override { inner_.round_latents(args); }
   void mla_decode(const MlaDecodeArgs& args) override;
   void mla_prefill(const ops::MlaPrefillArgs& args) override { inner_.mla_prefill(args); }
   void embed(const ops::EmbedArgs& args) override { inner_.embed(args); }

@@ -13,6 +13,12 @@ class CpuBackend final : public ops::OpSet {
   void quantize_q(const QuantizeQArgs& args) override { cpu::quantize_q(pool_, args); }
   void append_kv(const AppendKvArgs& args) override { cpu::append_kv(pool_, args); }
   void fetch_dequant(const FetchDequantArgs& args) override { cpu::fetch_dequant(pool_, args); }
+  void round_latents(const ops::RoundLatentsArgs& a) override {
+    float* latent = a.latent.data<float>();
+    const float* rope = a.rope.data<float>();
+    pool_.parallel_for(a.latent.dim(0),
+                       [&](std::int64_t t) { ops::round_latent_rows(a, latent, rope, t, t + 1); });
+  }
   void mla_decode(const MlaDecodeArgs& args) override { cpu::mla_decode(pool_, args); }
   void mla_prefill(const ops::MlaPrefillArgs& args) override { cpu::mla_prefill(pool_, args); }
   void embed(const ops::EmbedArgs& args) override { cpu::embed(pool_, args); }

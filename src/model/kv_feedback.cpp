@@ -1,0 +1,62 @@
+#include "model/kv_feedback.h"
+
+#include <mutex>
+#include <string>
+
+#include "base/thread_pool.h"
+
+namespace snapmla::model {
+namespace {
+
+constexpr std::int64_t kN = kKvLoraRank;
+
+std::vector<float> on_host(const TensorView& t, Memory& memory) {
+  std::vector<float> host(static_cast<std::size_t>(t.numel()));
+  memory.download(host.data(), t.raw(), t.numel() * 4);
+  return host;
+}
+
+// Adds w w^T to the upper triangle, for each of `count` rows w of 512.
+void add_squares(std::vector<double>& gram, const float* rows, std::int64_t count) {
+  for (std::int64_t r = 0; r < count; ++r, rows += kN) {
+    for (std::int64_t i = 0; i < kN; ++i) {
+      const double factor = rows[i];
+      double* to = gram.data() + i * kN;
+      for (std::int64_t j = i; j < kN; ++j) to[j] += factor * rows[j];
+    }
+  }
+}
+
+}  // namespace
+
+KvFeedback::KvFeedback(const ModelConfig& config, const ModelWeights& weights, Memory& memory,
+                       int threads) {
+  const std::int64_t heads = config.num_attention_heads, nope = config.qk_nope_head_dim;
+  layers_.resize(weights.layers.size());
+  ThreadPool pool(threads);
+  std::mutex reading;
+  pool.parallel_for(static_cast<std::int64_t>(layers_.size()), [&](std::int64_t i) {
+    const LayerWeights& w = weights.layers[static_cast<std::size_t>(i)];
+    std::vector<float> uk, uv;
+    {
+      const std::lock_guard<std::mutex> lock(reading);
+      uk = on_host(w.w_uk, memory);
+      uv = on_host(w.w_uv, memory);
+    }
+    std::vector<double> gram(static_cast<std::size_t>(kN * kN));
+    add_squares(gram, uv.data(), heads * config.v_head_dim);
+    // w_uk is [heads, 512, nope]: its rows stand in columns.
+    std::vector<float> rows(static_cast<std::size_t>(nope * kN));
+    for (std::int64_t h = 0; h < heads; ++h) {
+      const float* from = uk.data() + h * kN * nope;
+      for (std::int64_t d = 0; d < kN; ++d)
+        for (std::int64_t n = 0; n < nope; ++n)
+          rows[static_cast<std::size_t>(n * kN + d)] = from[d * nope + n];
+      add_squares(gram, rows.data(), nope);
+    }
+    layers_[static_cast<std::size_t>(i)] =
+        ops::make_latent_feedback(gram, ("kv_b_proj of layer " + std::to_string(i)).c_str());
+  });
+}
+
+}  // namespace snapmla::model

@@ -1,0 +1,28 @@
+// What KvRounding::kFeedback needs to know of a checkpoint: per layer, how kv_b_proj reads latents.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "model/weights.h"
+#include "ops/rounding.h"
+#include "snapmla/model_config.h"
+
+namespace snapmla::model {
+
+class KvFeedback {
+ public:
+  // 1 MiB and, with 32768 rows of kv_b_proj as DeepSeek-V3 has, 9e9 multiplications per layer, on
+  // `threads` threads (0: all there are). Weights lie in `memory`. Throws kInvalidFile, naming the
+  // layer, for weights that are not finite.
+  KvFeedback(const ModelConfig& config, const ModelWeights& weights, Memory& memory, int threads);
+
+  const ops::LatentFeedback& layer(std::int64_t i) const {
+    return layers_[static_cast<std::size_t>(i)];
+  }
+
+ private:
+  std::vector<ops::LatentFeedback> layers_;
+};
+
+}  // namespace snapmla::model

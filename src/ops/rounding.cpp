@@ -1,0 +1,152 @@
+#include "ops/rounding.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <string>
+
+#include "base/check.h"
+#include "numeric/scale.h"
+#include "ops/ops.h"
+#include "ops/validate.h"
+
+namespace snapmla::ops {
+namespace {
+
+constexpr int kN = kKvLoraRank;
+
+// C upper triangular, H = C^T C, in place of H's upper triangle; row-major.
+bool cholesky(std::vector<double>& h) {
+  const auto at = [&h](int i, int j) -> double& {
+    return h[static_cast<std::size_t>(i) * kN + static_cast<std::size_t>(j)];
+  };
+  for (int i = 0; i < kN; ++i) {
+    const double pivot = at(i, i);
+    if (!(pivot > 0) || !std::isfinite(pivot)) return false;
+    const double inverse = 1.0 / std::sqrt(pivot);
+    for (int j = i; j < kN; ++j) at(i, j) *= inverse;
+    for (int k = i + 1; k < kN; ++k) {
+      const double factor = at(i, k);
+      for (int j = k; j < kN; ++j) at(k, j) -= factor * at(i, j);
+    }
+  }
+  return true;
+}
+
+void round_row(const LatentFeedback& f, ScaleMode mode, float* latent, const float* rope) {
+  float latent_amax = 0, rope_amax = 0;
+  bool finite = true;
+  for (int d = 0; d < kN; ++d) {
+    finite = finite && numeric::is_finite(latent[d]);
+    latent_amax = std::max(latent_amax, std::fabs(latent[d]));
+  }
+  for (int d = 0; d < kQkRopeHeadDim; ++d) {
+    finite = finite && numeric::is_finite(rope[d]);
+    rope_amax = std::max(rope_amax, std::fabs(rope[d]));
+  }
+  if (!finite || latent_amax == 0) return;
+  const float scale = numeric::token_scale(latent_amax, rope_amax, true, mode);
+  float value[kN], target[kN], error[kFeedbackBlock];
+  for (int k = 0; k < kN; ++k)
+    value[k] = target[k] = latent[f.order[static_cast<std::size_t>(k)]] / scale;
+  for (int begin = kN - kFeedbackBlock; begin >= 0; begin -= kFeedbackBlock) {
+    for (int j = 0; j < kFeedbackBlock; ++j) {
+      const int place = begin + j;
+      float& element = latent[f.order[static_cast<std::size_t>(place)]];
+      // The largest element decides the scale, so it is rounded by itself.
+      const float want = std::fabs(element) == latent_amax ? value[place] : target[place];
+      const float code = numeric::e4m3_to_float(numeric::e4m3_from_float(want));
+      error[j] = code - value[place];
+      element = code * scale;
+    }
+    for (int j = 0; j < kFeedbackBlock; ++j) {
+      const float* row = f.matrix.data() + static_cast<std::ptrdiff_t>(begin + j) * kN;
+      for (int i = 0; i < begin; ++i) target[i] -= error[j] * row[i];
+    }
+  }
+}
+
+}  // namespace
+
+LatentFeedback make_latent_feedback(std::vector<double>& gram, const char* what) {
+  const auto in = [&gram](int i, int j) {
+    return gram[static_cast<std::size_t>(std::min(i, j)) * kN +
+                static_cast<std::size_t>(std::max(i, j))];
+  };
+  double mean = 0;
+  for (int d = 0; d < kN; ++d) mean += in(d, d) / kN;
+  if (mean == 0) mean = 1;  // weights of zero: everything is equally good
+  LatentFeedback f;
+  std::iota(f.order.begin(), f.order.end(), 0);
+  std::stable_sort(f.order.begin(), f.order.end(),
+                   [&](std::int32_t a, std::int32_t b) { return in(a, a) < in(b, b); });
+  std::vector<double> c(static_cast<std::size_t>(kN) * kN);
+  for (int i = 0; i < kN; ++i) {
+    for (int j = i; j < kN; ++j) {
+      c[static_cast<std::size_t>(i) * kN + static_cast<std::size_t>(j)] =
+          in(f.order[static_cast<std::size_t>(i)], f.order[static_cast<std::size_t>(j)]) +
+          (i == j ? 0.01 * mean : 0.0);
+    }
+  }
+  gram.clear();
+  if (!std::isfinite(mean) || !cholesky(c)) {
+    throw Error(ErrorCode::kInvalidFile,
+                std::string(what) + ": got weights that are not finite, accepted are finite ones");
+  }
+  // Rows of a block times the inverse of its own triangle: what is left to later blocks.
+  f.matrix.assign(static_cast<std::size_t>(kN) * kN, 0.0f);
+  const auto at = [&c](int i, int j) {
+    return c[static_cast<std::size_t>(i) * kN + static_cast<std::size_t>(j)];
+  };
+  for (int begin = 0; begin < kN; begin += kFeedbackBlock) {
+    const int end = begin + kFeedbackBlock;
+    double x[kFeedbackBlock];
+    for (int j = end; j < kN; ++j) {
+      for (int i = end - 1; i >= begin; --i) {
+        double sum = at(i, j);
+        for (int k = i + 1; k < end; ++k) sum -= at(i, k) * x[k - begin];
+        x[i - begin] = sum / at(i, i);
+        f.matrix[static_cast<std::size_t>(j) * kN + static_cast<std::size_t>(i)] =
+            static_cast<float>(x[i - begin]);
+      }
+    }
+  }
+  return f;
+}
+
+void round_latent_rows(const RoundLatentsArgs& a, float* latent, const float* rope,
+                       std::int64_t begin, std::int64_t end) {
+  for (std::int64_t t = begin; t < end; ++t)
+    round_row(*a.feedback, a.scale_mode, latent + t * a.latent.stride(0),
+              rope + t * a.rope.stride(0));
+}
+
+// On the host, wherever the rows lie.
+void OpSet::round_latents(const RoundLatentsArgs& a) {
+  const std::int64_t n = a.latent.dim(0);
+  if (memory().host_accessible()) {
+    round_latent_rows(a, a.latent.data<float>(), a.rope.data<float>(), 0, n);
+    return;
+  }
+  const auto size = [](const TensorView& t) {
+    return static_cast<std::size_t>((t.dim(0) - 1) * t.stride(0) + t.dim(1));
+  };
+  std::vector<float> latent(size(a.latent)), rope(size(a.rope));
+  memory().download(latent.data(), a.latent.raw(), static_cast<std::int64_t>(latent.size() * 4));
+  memory().download(rope.data(), a.rope.raw(), static_cast<std::int64_t>(rope.size() * 4));
+  round_latent_rows(a, latent.data(), rope.data(), 0, n);
+  memory().upload(a.latent.raw(), latent.data(), static_cast<std::int64_t>(latent.size() * 4));
+}
+
+void round_latents(OpSet& ops, const RoundLatentsArgs& a) {
+  check_output("latent", a.latent, {kAny, kKvLoraRank}, {DType::kF32});
+  check_tensor("rope", a.rope, {a.latent.dim(0), kQkRopeHeadDim}, {DType::kF32});
+  check_no_overlap("latent", a.latent, "rope", a.rope);
+  if (!a.feedback || a.feedback->matrix.size() != std::size_t{kKvLoraRank} * kKvLoraRank) {
+    refuse("feedback", a.feedback ? str(a.feedback->matrix.size(), " numbers") : "none",
+           str("a matrix of ", kKvLoraRank, " x ", kKvLoraRank));
+  }
+  if (a.latent.dim(0) > 0) ops.round_latents(a);
+}
+
+}  // namespace snapmla::ops
