@@ -98,7 +98,11 @@ LatentFeedback make_latent_feedback(std::vector<double>& gram, const char* what)
   const auto at = [&c](int i, int j) {
     return c[static_cast<std::size_t>(i) * kN + static_cast<std::size_t>(j)];
   };
+  f.left = 0;
   for (int begin = 0; begin < kN; begin += kFeedbackBlock) {
+    for (int i = begin; i < begin + kFeedbackBlock; ++i)
+      for (int j = i; j < begin + kFeedbackBlock; ++j)
+        f.left += at(i, j) * at(i, j) / (1.01 * kN * mean);
     const int end = begin + kFeedbackBlock;
     double x[kFeedbackBlock];
     for (int j = end; j < kN; ++j) {

@@ -31,6 +31,9 @@ struct LatentFeedback {
   // [512, 512]: row j, column i: what an error of 1 at place j subtracts from the target of place
   // i, for i in an earlier block than j; not used elsewhere.
   std::vector<float> matrix;
+  // Predicted |W e|^2 relative to nearest, from the weights alone, if every element's remaining
+  // error were alike: 1 means that feedback gains nothing.
+  double left = 1;
 };
 
 struct RoundLatentsArgs {

@@ -38,10 +38,24 @@ TEST(ShippedModel, Fp8CacheStaysWithinItsBound) {
   EXPECT_LT(worst_distance(options(KvCacheFormat::kFp8), 2.0f), 1.76e-2);
 }
 
+// docs/design/0005-feedback-rounding.md.
+TEST(ShippedModel, FeedbackRoundingHalvesTheDistance) {
+  EngineOptions feedback = options(KvCacheFormat::kFp8);
+  feedback.kv_rounding = KvRounding::kFeedback;
+  const double nearest = worst_distance(options(KvCacheFormat::kFp8), 2.0f);
+  const double distance = worst_distance(feedback, 2.0f);
+  RecordProperty("nearest", std::to_string(nearest));
+  RecordProperty("feedback", std::to_string(distance));
+  EXPECT_LT(distance, 0.75 * nearest);
+}
+
 TEST(ShippedModel, ChunksAndPrefixReuseChangeNoBit) {
   for (KvCacheFormat format : {KvCacheFormat::kFp8, KvCacheFormat::kBf16}) {
     shipped::expect_chunks_change_no_bit(options(format));
   }
+  EngineOptions feedback = options(KvCacheFormat::kFp8);
+  feedback.kv_rounding = KvRounding::kFeedback;
+  shipped::expect_chunks_change_no_bit(feedback);
 }
 
 TEST(Engine, RefusesBadPrompts) {

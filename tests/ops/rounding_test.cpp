@@ -123,6 +123,7 @@ TEST(RoundLatents, KeepsWhatTheWeightsSee) {
     feedback += cost(w, was, is);
   }
   EXPECT_LT(feedback, 0.2 * nearest);
+  EXPECT_LT(f.left, 0.2);
   EXPECT_LT(error, 4 * plain_error);  // elements themselves move further
   EXPECT_GT(error, plain_error);
 }
@@ -132,6 +133,7 @@ TEST(RoundLatents, WithoutCorrelationItIsNearest) {
   std::vector<double> gram(static_cast<std::size_t>(kN) * kN);
   for (int d = 0; d < kN; ++d) gram[static_cast<std::size_t>(d * kN + d)] = 1 + d % 5;
   const LatentFeedback f = make_latent_feedback(gram, "test");
+  EXPECT_NEAR(f.left, 1, 1e-9);
   Rows rows(5, 6);
   const std::vector<float> before = rows.latent;
   round_latents(*ref::make_ref_backend(), rows.args(f));

@@ -211,7 +211,7 @@ TEST(Arms, ChosenByNameGroupAndNoise) {
   EXPECT_EQ(names({"a2"}), (std::vector<std::string>{"a1", "a2"}));
   EXPECT_EQ(names({"a4", "a1", "a4"}), (std::vector<std::string>{"a1", "a4"}));
   EXPECT_EQ(names({"noise:0.002"}).back(), "noise:0.002");
-  EXPECT_EQ(names({"main"}).size(), 9u);
+  EXPECT_EQ(names({"main"}).size(), 10u);
   EXPECT_EQ(names({"all"}).size(), all_arms().size());
   for (const char* bad : {"a9", "noise:", "noise:0", "noise:2", "noise:x", "noise:0.1x", ""}) {
     EXPECT_THAT(error_of([&] { select_arms({bad}); }),
