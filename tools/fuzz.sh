@@ -9,16 +9,17 @@ build "$root/build/fuzz" fuzz_targets -DSNAPMLA_CUDA=OFF -DSNAPMLA_BUILD_FUZZ=ON
 
 # fuzz TARGET: one of them; as many at a time as there are processors.
 fuzz() {
-  local target=$1 name corpus log
+  local target=$1 name corpus log units
   name=$(basename "$target")
   corpus="$root/build/fuzz/corpus/$name"
   mkdir -p "$corpus"
   [ -d "$root/fuzz/corpus/${name#fuzz_}" ] && cp -n "$root/fuzz/corpus/${name#fuzz_}"/* "$corpus" 2>/dev/null || true
   say "$name, $seconds s"
   log="$root/build/fuzz/$name.log"
-  "$target" -max_total_time="$seconds" -rss_limit_mb=2048 -timeout=5 -print_final_stats=1 "$corpus" >"$log" 2>&1 ||
+  "$target" -max_total_time="$seconds" -rss_limit_mb=2048 -timeout=5 -print_final_stats=1 -artifact_prefix="$root/build/fuzz/$name-" "$corpus" >"$log" 2>&1 ||
     { tail -n 40 "$log" >&2; die "$name found something (whole log: $log)"; }
-  say "$name: $(grep 'stat::number_of_executed_units' "$log")"
+  units=$(grep 'stat::number_of_executed_units' "$log") || die "$name ran nothing (whole log: $log)"
+  say "$name: $units"
 }
 
 pids=()

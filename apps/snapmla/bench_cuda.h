@@ -31,7 +31,7 @@ class CudaAttention {
 
 void register_accuracy(CLI::App& bench, int& status);
 
-// Name, driver and sizes of the current GPU, for reports; null in a build without CUDA.
+// Name, driver and sizes of GPU 0, which the engine uses, for reports; null without CUDA.
 nlohmann::ordered_json describe_gpu();
 
 }  // namespace snapmla::app::bench

@@ -23,6 +23,7 @@ struct Flags {
   std::vector<std::string> kv_cache = {"fp8"};
   std::vector<int> prompt = {512}, generate = {128}, depth = {0};
   int repetitions = 5, threads = 0;
+  std::string kv_rounding = "nearest";
 };
 
 // Tokens of a prompt that no other prompt of the run begins with: a repeated one would be found in
@@ -43,6 +44,8 @@ class Bench {
     options.model_dir = f.model;
     options.backend = f.device;
     options.kv_cache = parse_format(kv_cache);
+    if (f.kv_rounding == "feedback" && options.kv_cache == KvCacheFormat::kFp8)
+      options.kv_rounding = KvRounding::kFeedback;
     options.threads = f.threads;
     options.max_model_len = 0;
     engine_ = std::make_unique<Engine>(options);
@@ -103,6 +106,8 @@ class Bench {
         {"device", engine_->backend_name()},
         {"threads", thread_count(f_.threads)},
         {"kv_cache", to_string(engine_->options().kv_cache)},
+        {"kv_rounding",
+         engine_->options().kv_rounding == KvRounding::kFeedback ? "feedback" : "nearest"},
         {"test", test},
         {"tokens", tokens},
         {"depth", depth},
@@ -181,6 +186,11 @@ void register_generate(CLI::App& bench, int& status) {
       ->type_name("N")
       ->check(integer_in(1, 100000));
   add_kv_cache(*command, f->kv_cache);
+  command
+      ->add_option("--kv-rounding", f->kv_rounding,
+                   with_default("Rounding of fp8 caches: nearest or feedback", f->kv_rounding))
+      ->type_name("WAY")
+      ->check(one_of({"nearest", "feedback"}));
   add_device(*command, f->device);
   add_threads(*command, f->threads);
   add_output(*command, f->output);

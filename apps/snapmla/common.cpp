@@ -80,7 +80,8 @@ void add_model_flags(CLI::App& app, ModelFlags& flags) {
       ->group("Model");
   app.add_option("--kv-rounding", flags.kv_rounding,
                  "How an fp8 cache rounds latents: nearest, or feedback,\n"
-                 "closer to bf16 for the same bytes (default: nearest)")
+                 "closer to bf16 for the same bytes; on the host also\n"
+                 "where --device is cuda (default: nearest)")
       ->type_name("WAY")
       ->check(one_of({"nearest", "feedback"}))
       ->group("Model");
@@ -190,14 +191,16 @@ double rate(std::size_t tokens, double seconds) {
 void print_summary(const RequestOutput& out, const Engine& engine) {
   const auto reused = static_cast<std::size_t>(out.reused_tokens);
   const std::string again = reused ? " (" + std::to_string(reused) + " reused)" : "";
-  std::fprintf(stderr,
-               "[%s, %s cache] prompt %zu tokens%s, %.1f tok/s | generated %zu tokens, %.1f tok/s "
-               "| cache %lld bytes (%lld per token)\n",
-               engine.backend_name().c_str(), to_string(engine.options().kv_cache),
-               out.prompt_tokens.size(), again.c_str(),
-               rate(out.prompt_tokens.size() - reused, out.prompt_seconds), out.tokens.size(),
-               rate(out.tokens.size(), out.decode_seconds), static_cast<long long>(out.cache_bytes),
-               static_cast<long long>(engine.cache_bytes_per_token()));
+  std::fprintf(
+      stderr,
+      "[%s, %s cache%s] prompt %zu tokens%s, %.1f tok/s | generated %zu tokens, %.1f tok/s "
+      "| cache %lld bytes (%lld per token)\n",
+      engine.backend_name().c_str(), to_string(engine.options().kv_cache),
+      engine.options().kv_rounding == KvRounding::kFeedback ? ", feedback rounding" : "",
+      out.prompt_tokens.size(), again.c_str(),
+      rate(out.prompt_tokens.size() - reused, out.prompt_seconds), out.tokens.size(),
+      rate(out.tokens.size(), out.decode_seconds), static_cast<long long>(out.cache_bytes),
+      static_cast<long long>(engine.cache_bytes_per_token()));
 }
 
 }  // namespace snapmla::app

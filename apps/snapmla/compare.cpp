@@ -101,6 +101,7 @@ void print_choice(const std::vector<float>& bf16, const std::vector<float>& fp8,
 
 ModelFlags with_cache(ModelFlags flags, const char* format) {
   flags.kv_cache = format;
+  if (flags.kv_cache != "fp8") flags.kv_rounding = "nearest";
   return flags;
 }
 

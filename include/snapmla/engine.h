@@ -20,7 +20,9 @@ struct EngineOptions {
   std::string backend = "auto";  // auto | cuda | cpu | ref (environment: SNAPMLA_BACKEND)
   KvCacheFormat kv_cache = KvCacheFormat::kFp8;
   ScaleMode scale_mode = ScaleMode::kAmax;
-  KvRounding kv_rounding = KvRounding::kNearest;  // FP8 cache; others are not rounded to codes
+  // kFeedback wants an FP8 cache; the rounding itself runs on the host, also on backend cuda, where
+  // it costs two copies of the new rows per layer and step.
+  KvRounding kv_rounding = KvRounding::kNearest;
   DecodeNumerics numerics;
   std::int64_t max_model_len = 0;    // tokens per sequence; 0 = max_position_embeddings
   std::int64_t kv_cache_tokens = 0;  // pool size in tokens; 0 = max_model_len

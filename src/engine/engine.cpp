@@ -115,6 +115,14 @@ Engine::Impl::Impl(EngineOptions given)
         ErrorCode::kInvalidArgument,
         "prefill_chunk: got " + std::to_string(options.prefill_chunk) + ", accepted is at least 1");
   }
+  if (options.kv_rounding == KvRounding::kFeedback) {
+    if (options.kv_cache != KvCacheFormat::kFp8) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  str("kv_rounding: got feedback with a ", to_string(options.kv_cache),
+                      " cache, accepted is feedback with fp8"));
+    }
+    feedback.emplace(config, weights, ops->memory(), options.threads);
+  }
   const std::int64_t pool = options.kv_cache_tokens > 0 ? options.kv_cache_tokens : max_len;
   const auto does_not_fit = [&](const char* why) {
     const std::int64_t page = page_layout(options.kv_cache).page_bytes * config.num_hidden_layers;
@@ -131,16 +139,13 @@ Engine::Impl::Impl(EngineOptions given)
                                          pages_for(pool), ops->memory());
     forward = std::make_unique<model::Forward>(config, weights, *ops, *cache, max_len,
                                                options.scale_mode, options.numerics);
-    if (options.kv_rounding == KvRounding::kFeedback && options.kv_cache == KvCacheFormat::kFp8) {
-      feedback.emplace(config, weights, ops->memory(), options.threads);
-      forward->round_latents_by(&*feedback);
-    }
   } catch (const std::bad_alloc&) {
     does_not_fit("out of memory");
   } catch (const Error& e) {
     if (e.code() != ErrorCode::kOutOfMemory) throw;
     does_not_fit(e.what());
   }
+  if (feedback) forward->round_latents_by(&*feedback);
 }
 
 void Engine::Impl::check_prompt(const std::vector<std::int32_t>& prompt) const {

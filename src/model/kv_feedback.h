@@ -12,7 +12,7 @@ namespace snapmla::model {
 
 class KvFeedback {
  public:
-  // 1 MiB and, with 32768 rows of kv_b_proj as DeepSeek-V3 has, 9e9 multiplications per layer, on
+  // 1 MiB and, with 32768 rows of kv_b_proj as DeepSeek-V3 has, 4e9 multiplications per layer, on
   // `threads` threads (0: all there are). Weights lie in `memory`. Throws kInvalidFile, naming the
   // layer, for weights that are not finite.
   KvFeedback(const ModelConfig& config, const ModelWeights& weights, Memory& memory, int threads);

@@ -75,6 +75,10 @@ LatentFeedback make_latent_feedback(std::vector<double>& gram, const char* what)
   };
   double mean = 0;
   for (int d = 0; d < kN; ++d) mean += in(d, d) / kN;
+  if (!std::isfinite(mean)) {
+    throw Error(ErrorCode::kInvalidFile,
+                std::string(what) + ": got weights that are not finite, accepted are finite ones");
+  }
   if (mean == 0) mean = 1;  // weights of zero: everything is equally good
   LatentFeedback f;
   std::iota(f.order.begin(), f.order.end(), 0);
@@ -89,9 +93,10 @@ LatentFeedback make_latent_feedback(std::vector<double>& gram, const char* what)
     }
   }
   gram.clear();
-  if (!std::isfinite(mean) || !cholesky(c)) {
-    throw Error(ErrorCode::kInvalidFile,
-                std::string(what) + ": got weights that are not finite, accepted are finite ones");
+  if (!cholesky(c)) {
+    throw Error(
+        ErrorCode::kInvalidFile,
+        std::string(what) + ": got weights too large to square, accepted are finite squares");
   }
   // Rows of a block times the inverse of its own triangle: what is left to later blocks.
   f.matrix.assign(static_cast<std::size_t>(kN) * kN, 0.0f);

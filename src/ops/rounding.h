@@ -8,8 +8,9 @@
 // 2210.17323) does to weights and Babai's algorithm to lattices; blocks of 64 elements are decided
 // at once, which costs little of the gain and leaves products of matrices.
 //
-// The result is a row whose elements all are code * scale already: append_kv then finds the same
-// scale and the same codes, and pages and kernels are those of the format. Measured in
+// The result is a row whose elements all are code * scale already, which append_kv stores without
+// changing a value (kAmax: with the same scale and codes; kPow2 may halve the one and double the
+// others), so pages and kernels are those of the format. Measured in
 // docs/design/0005-feedback-rounding.md.
 #pragma once
 

@@ -58,6 +58,20 @@ TEST(ShippedModel, ChunksAndPrefixReuseChangeNoBit) {
   shipped::expect_chunks_change_no_bit(feedback);
 }
 
+TEST(Engine, RefusesFeedbackForACacheThatIsNotFp8) {
+  for (const KvCacheFormat format : {KvCacheFormat::kBf16, KvCacheFormat::kF32}) {
+    EngineOptions o = options(format);
+    o.kv_rounding = KvRounding::kFeedback;
+    try {
+      Engine engine(o);
+      ADD_FAILURE() << "accepted";
+    } catch (const Error& e) {
+      EXPECT_EQ(e.code(), ErrorCode::kInvalidArgument);
+      EXPECT_NE(std::string(e.what()).find(to_string(format)), std::string::npos) << e.what();
+    }
+  }
+}
+
 TEST(Engine, RefusesBadPrompts) {
   Engine engine(options(KvCacheFormat::kFp8));
   EXPECT_THROW(engine.generate({}, {}), Error);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <random>
+#include <tuple>
 #include <vector>
 
 #include "backends/cuda/mla_decode/cutting.h"
@@ -155,6 +156,27 @@ TEST(Cutting, OnePieceAPartLeavesSmsFreeWhereThatIsFaster) {
   EXPECT_EQ(best(64, 1, 64), 1);
   EXPECT_EQ(best(16, 4, 64), 2);
   EXPECT_EQ(best(16, 16, 16), 2);
+}
+
+// Where one request is long and many are short, one piece a part would make the pieces of the long
+// one long.
+TEST(Cutting, OneLongRequestAmongShortOnesIsAStream) {
+  for (const auto& [rows, parts, short_ones, tiles] :
+       {std::tuple{128, 66, 50, 500}, std::tuple{16, 132, 100, 1000}}) {
+    const OneEachCosts costs = one_each_costs(rows);
+    const long long share = share_of(parts, short_ones * cost_of(1) + cost_of(tiles));
+    ASSERT_TRUE(is_few(share, short_ones + 1));
+    for (int limit = 1; limit <= tiles; ++limit) {
+      const int count = (tiles + limit - 1) / limit;
+      if (short_ones + count > parts) continue;
+      EXPECT_GT(one_each_time(costs, parts, (tiles + count - 1) / count, count, short_ones + count),
+                stream_time(costs, share));
+    }
+  }
+  // Batches of equal requests are not.
+  EXPECT_LT(one_each_time(one_each_costs(128), 66, 8, 8, 64), stream_time(one_each_costs(128), 8));
+  EXPECT_LT(one_each_time(one_each_costs(128), 66, 2, 3, 48), stream_time(one_each_costs(128), 2));
+  EXPECT_LT(one_each_time(one_each_costs(16), 132, 4, 16, 128), stream_time(one_each_costs(16), 4));
 }
 
 TEST(Cutting, FewRequestsSaveLittle) {

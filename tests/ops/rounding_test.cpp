@@ -172,8 +172,13 @@ TEST(RoundLatents, LeavesRowsAloneThatHaveNoScaleOfTheirOwn) {
 }
 
 TEST(RoundLatents, RefusesWhatItCannotUse) {
-  std::vector<double> gram(static_cast<std::size_t>(kN) * kN, std::nan(""));
-  EXPECT_THROW(make_latent_feedback(gram, "kv_b_proj of layer 3"), Error);
+  for (const double bad : {std::nan(""), HUGE_VAL}) {
+    for (const int at : {0, 77 * kN + 77, 5 * kN + 300}) {
+      auto gram = gram_of(weights(100, 12));
+      gram[static_cast<std::size_t>(at)] = bad;
+      EXPECT_THROW(make_latent_feedback(gram, "kv_b_proj of layer 3"), Error) << at;
+    }
+  }
   Rows rows(2, 11);
   const LatentFeedback empty;
   const auto ref = ref::make_ref_backend();

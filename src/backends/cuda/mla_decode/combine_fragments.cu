@@ -1,5 +1,5 @@
-// Merges the FP8 kernel's partial results where a request has more splits than that kernel merges
-// itself, and writes empty requests. With R_s, l_s and O_s of split s (fragments.h):
+// Merges the FP8 kernel's partial results where the plan leaves them to it, and writes empty
+// requests. With R_s, l_s and O_s of split s (fragments.h):
 //
 //   m = max_s R_s,  w_s = 2^(R_s - m),  O = sum_s w_s O_s / sum_s w_s l_s,
 //   lse = ln 2 (m + log2 sum_s w_s l_s);  no token: O = 0, lse = -inf
@@ -176,9 +176,11 @@ __global__ void __launch_bounds__(kThreads)
     combine_fragments_kernel(const __grid_constant__ DecodeParams p) {
   __shared__ Shared<kSharing> s;
   // The decode kernel lets this one start only when the plan is there: nothing to wait for yet.
-  const int num_merges = *p.plan.num_merges;
+  const int num_merges = __ldcg(p.plan.num_merges);
   int i = static_cast<int>(blockIdx.y);
-  DecodeMerge merge = p.plan.merges[i];  // both at once; the grid has at most `batch` of them
+  // Both at once: the grid has at most `batch` rows.
+  const int4 first = __ldcg(reinterpret_cast<const int4*>(p.plan.merges + i));
+  DecodeMerge merge{first.x, first.y, first.z, first.w};
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   while (i < num_merges) {
@@ -193,7 +195,7 @@ void launch_sharing(const DecodeParams& p, cudaStream_t stream) {
   const auto requests = static_cast<unsigned>(p.batch);
   const auto ctas =
       static_cast<unsigned>(p.row_tiles * 2 * 4 * (kRows / 8) / Shared<kSharing>::kBlocks);
-  // With many requests most are merged by the decode kernel, often all: few CTAs start sooner.
+  // With many requests most are usually merged by the decode kernel: few CTAs start sooner.
   const unsigned most = requests <= 16 ? requests : std::clamp(kManyCtas / ctas, 1u, requests);
   launch("combine", Ordering::kOverlap, combine_fragments_kernel<kRows, kSharing>, dim3(ctas, most),
          dim3(kThreads), 0, stream, p);

@@ -110,6 +110,12 @@ SNAPMLA_HD int one_each_time(const OneEachCosts& costs, int parts, int longest, 
          (crowded > 0 ? costs.crowd * crowded / parts : 0);
 }
 
+// The same for a stream whose parts pay `share`: any of them may start an item twice and merge.
+SNAPMLA_HD long long stream_time(const OneEachCosts& costs, long long share) {
+  constexpr int kMerge = 700;
+  return (share + kItemCost) * costs.tile + kMerge;
+}
+
 // Whether one piece a part is worth a try: up to about ten tiles a part, or so few requests that
 // even pieces load all parts alike.
 SNAPMLA_HD bool is_few(long long share, int requests) {

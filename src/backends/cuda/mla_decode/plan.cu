@@ -111,9 +111,11 @@ __device__ long long even_total(const PlanArgs& a, const Cutting& how, Sums* scr
   return total.cost;
 }
 
-// The best limit for one piece a part, a warp per candidate; limit 0: all leave too many pieces.
+// The best limit for one piece a part, a warp per candidate; limit 0: all leave too many pieces, or
+// pieces so long (one long request among many short ones) that a stream of `share` is faster.
 // `best` is LLONG_MAX before.
-__device__ Cutting cut_one_each(const PlanArgs& a, long long total_tiles, long long* best) {
+__device__ Cutting cut_one_each(const PlanArgs& a, long long total_tiles, long long share,
+                                long long* best) {
   const int warp = static_cast<int>(threadIdx.x) >> 5, lane = static_cast<int>(threadIdx.x) & 31;
   static_assert(kPlanThreads / 32 == kCandidates);
   const int limit = max(1, static_cast<int>((total_tiles + a.parts - 1) / a.parts)) + warp;
@@ -129,8 +131,10 @@ __device__ Cutting cut_one_each(const PlanArgs& a, long long total_tiles, long l
   splits = __reduce_max_sync(~0u, splits);
   pieces = __reduce_add_sync(~0u, pieces);
   if (lane == 0 && pieces <= a.parts) {
-    const long long time = one_each_time(one_each_costs(a.rows), a.parts, longest, splits, pieces);
-    atomicMin(best, time << 32 | static_cast<long long>(pieces) << 16 | warp);
+    const OneEachCosts costs = one_each_costs(a.rows);
+    const long long time = one_each_time(costs, a.parts, longest, splits, pieces);
+    if (time <= stream_time(costs, share))
+      atomicMin(best, time << 32 | static_cast<long long>(pieces) << 16 | warp);
   }
   __syncthreads();
   if (*best == LLONG_MAX) return {Cut::kOneEach, 0, 0};
@@ -153,7 +157,7 @@ __device__ Cutting choose_cutting(const PlanArgs& a, Sums* scratch, int* load, i
   if (stream.share > 1 << 30) return stream;  // nobody has that many
   if (is_few(stream.share, total.items)) {
     const long long tiles = total.cost - static_cast<long long>(total.items) * kItemCost;
-    const Cutting one_each = cut_one_each(a, tiles, best);
+    const Cutting one_each = cut_one_each(a, tiles, stream.share, best);
     if (one_each.limit > 0) return one_each;
     if (stream.share < 2 * kCutCost) return stream;
   }

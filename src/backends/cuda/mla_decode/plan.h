@@ -2,7 +2,8 @@
 //
 // Balanced: the batch's tiles, request after request with kItemCost tiles of overhead each, are cut
 // into `parts` equal shares (stream-K), or, where that loads the parts nearly as evenly, each
-// request into equal pieces of at most about a share. Deterministic: a request of n tiles is cut
+// request into equal pieces of at most about a share, or, with few tiles, into pieces that each
+// have a part of their own (cutting.h). Deterministic: a request of n tiles is cut
 // into ceil(n / kTilesPerSplit) equal pieces by its own length alone, and whole pieces are dealt to
 // parts in order, so that a row's bits do not depend on what else is in the batch.
 #pragma once
@@ -25,7 +26,8 @@ struct PlanSizes {
       total;  // offsets
 };
 
-// Requests of 2 to so many splits are merged by the decode kernel, the others by combine.
+// Requests of 2 to so many splits are merged by the decode kernel unless each piece has a part of
+// its own; the others by combine.
 inline int merge_splits(KvCacheFormat format) {
   return format == KvCacheFormat::kFp8 ? kMergeSplits : 0;
 }
