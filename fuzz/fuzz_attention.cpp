@@ -114,8 +114,10 @@ class Call {
   template <class T>
   void fill(const TensorView& v, std::initializer_list<T> good, std::initializer_list<T> bad) {
     if (must_refuse_ || too_large_) return;  // no block as large as it says
-    if (!v.raw() || v.dtype() != DTypeOf<T>::value || v.rank() == 0 || v.numel() > 4096) return;
-    if (v.numel() == 0) return;  // one extent may be anything then
+    if (!v.raw() || v.dtype() != DTypeOf<T>::value || v.rank() == 0) return;
+    for (int d = 0; d < v.rank(); ++d) {
+      if (v.dim(d) < 1 || v.dim(d) > 4096) return;  // their product alone says nothing
+    }
     for (std::int64_t i = 0; i < v.dim(0); ++i) {
       for (std::int64_t j = 0; j < (v.rank() == 2 ? v.dim(1) : 1); ++j) {
         v.data<T>()[i * v.stride(0) + (v.rank() == 2 ? j * v.stride(1) : 0)] =

@@ -18,7 +18,7 @@ fuzz() {
   log="$root/build/fuzz/$name.log"
   "$target" -max_total_time="$seconds" -rss_limit_mb=2048 -timeout=5 -print_final_stats=1 -artifact_prefix="$root/build/fuzz/$name-" "$corpus" >"$log" 2>&1 ||
     { tail -n 40 "$log" >&2; die "$name found something (whole log: $log)"; }
-  units=$(grep 'stat::number_of_executed_units' "$log") || die "$name ran nothing (whole log: $log)"
+  units=$(grep -a 'stat::number_of_executed_units' "$log") || die "$name ran nothing (whole log: $log)"
   say "$name: $units"
 }
 
