@@ -20,10 +20,14 @@ endfunction()
 # For targets that only parse, print and compare: their compile time is what counts (JSON, flags and
 # test macros are templates).
 function(snapmla_compile_fast target)
-  if(NOT CMAKE_BUILD_TYPE STREQUAL "Debug")
-    target_compile_options(${target} PRIVATE
-      "$<$<COMPILE_LANGUAGE:CXX>:$<IF:$<BOOL:${SNAPMLA_SANITIZE}>,-O0,-O1>>")
+  if(CMAKE_BUILD_TYPE STREQUAL "Debug")
+    return()
   endif()
+  set(level -O1)
+  if(SNAPMLA_SANITIZE)
+    set(level -O0)
+  endif()
+  target_compile_options(${target} PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:${level}>")
 endfunction()
 
 # snapmla_layer(<name> DIR <dir> [DEPS <targets>...]): library snapmla_<name> from src/<dir>/*.cpp.
