@@ -188,7 +188,7 @@ void register_generate(CLI::App& bench, int& status) {
   add_kv_cache(*command, f->kv_cache);
   command
       ->add_option("--kv-rounding", f->kv_rounding,
-                   with_default("Rounding of fp8 caches: nearest or feedback", f->kv_rounding))
+                   with_default("Rounding of fp8: nearest or feedback", f->kv_rounding))
       ->type_name("WAY")
       ->check(one_of({"nearest", "feedback"}));
   add_device(*command, f->device);
