@@ -100,6 +100,30 @@ TEST(RoundLatents, ResultsAreCodesOfTheSameScale) {
   }
 }
 
+// What the cache holds afterwards are the rounded values, whichever way the scale is chosen.
+TEST(RoundLatents, AppendStoresTheValues) {
+  auto gram = gram_of(weights(256, 13));
+  const LatentFeedback f = make_latent_feedback(gram, "test");
+  const auto ref = ref::make_ref_backend();
+  for (const ScaleMode mode : {ScaleMode::kAmax, ScaleMode::kPow2}) {
+    Rows rows(64, 14);
+    const RoundLatentsArgs a = rows.args(f, mode);
+    round_latents(*ref, a);
+    std::vector<std::uint8_t> page(
+        static_cast<std::size_t>(page_layout(KvCacheFormat::kFp8).page_bytes));
+    const auto cache = KvCacheView::of_pool(page.data(), 1, KvCacheFormat::kFp8);
+    std::vector<std::int64_t> slots(64);
+    for (std::size_t i = 0; i < slots.size(); ++i) slots[i] = static_cast<std::int64_t>(i);
+    append_kv(*ref, {a.latent, a.rope, TensorView::of(slots.data(), {64}), cache, mode});
+    const std::int32_t table = 0;
+    std::vector<float> latent(64 * kN), rope(64 * 64);
+    fetch_dequant(
+        *ref, {cache, TensorView::of(&table, {1}), 0, 64, TensorView::of(latent.data(), {64, kN}),
+               TensorView::of(rope.data(), {64, 64})});
+    EXPECT_EQ(latent, rows.latent);
+  }
+}
+
 TEST(RoundLatents, KeepsWhatTheWeightsSee) {
   const std::vector<float> w = weights(256, 3);
   auto gram = gram_of(w);
