@@ -188,7 +188,7 @@ void Forward::append(const Step& step, const LayerWeights& w, std::int64_t layer
                        static_cast<float>(config_.mla_norm_eps), latent});
   ops::copy_rows(ops_, {f32_from(kv_, rank, {n, rope}).with_stride(0, rank + rope), k_rope});
   rotate(f32(k_rope_, {n, 1, rope}), step.positions_view);
-  if (feedback_) ops::round_latents(ops_, {latent, k_rope, &feedback_->layer(layer), scale_mode_});
+  if (feedback_) ops::round_latents(ops_, {latent, k_rope, feedback_->layer(layer), scale_mode_});
   ops::append_kv(ops_, {latent, k_rope, step.slots_view, cache_.layer(layer), scale_mode_});
 }
 

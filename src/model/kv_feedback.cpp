@@ -9,6 +9,7 @@ namespace snapmla::model {
 namespace {
 
 constexpr std::int64_t kN = kKvLoraRank;
+constexpr std::int64_t kOrderBytes = kN * 4, kMatrixBytes = kN * kN * 4;
 
 std::vector<float> on_host(const TensorView& t, Memory& memory) {
   std::vector<float> host(static_cast<std::size_t>(t.numel()));
@@ -57,6 +58,22 @@ KvFeedback::KvFeedback(const ModelConfig& config, const ModelWeights& weights, M
     layers_[static_cast<std::size_t>(i)] =
         ops::make_latent_feedback(gram, ("kv_b_proj of layer " + std::to_string(i)).c_str());
   });
+  if (memory.host_accessible()) return;
+  for (ops::LatentFeedback& f : layers_) {
+    Buffer& buffer = device_.emplace_back(memory, kOrderBytes + kMatrixBytes);
+    auto* bytes = static_cast<std::uint8_t*>(buffer.data());
+    memory.upload(bytes, f.order.data(), kOrderBytes);
+    memory.upload(bytes + kOrderBytes, f.matrix.data(), kMatrixBytes);
+    f.matrix = {};
+  }
+}
+
+ops::FeedbackView KvFeedback::layer(std::int64_t i) const {
+  const auto at = static_cast<std::size_t>(i);
+  if (device_.empty()) return layers_[at].view();
+  auto* bytes = static_cast<std::uint8_t*>(device_[at].data());
+  return {TensorView(bytes, DType::kI32, {kN}),
+          TensorView(bytes + kOrderBytes, DType::kF32, {kN, kN})};
 }
 
 }  // namespace snapmla::model

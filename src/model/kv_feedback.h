@@ -7,6 +7,7 @@
 #include "model/weights.h"
 #include "ops/rounding.h"
 #include "snapmla/model_config.h"
+#include "tensor/memory.h"
 
 namespace snapmla::model {
 
@@ -17,12 +18,12 @@ class KvFeedback {
   // layer, for weights that are not finite.
   KvFeedback(const ModelConfig& config, const ModelWeights& weights, Memory& memory, int threads);
 
-  const ops::LatentFeedback& layer(std::int64_t i) const {
-    return layers_[static_cast<std::size_t>(i)];
-  }
+  // In `memory`.
+  ops::FeedbackView layer(std::int64_t i) const;
 
  private:
   std::vector<ops::LatentFeedback> layers_;
+  std::vector<Buffer> device_;  // order and matrix per layer, where the host's are out of reach
 };
 
 }  // namespace snapmla::model

@@ -144,7 +144,7 @@ class OpSet {
   virtual void quantize_q(const QuantizeQArgs& args) = 0;
   virtual void append_kv(const AppendKvArgs& args) = 0;
   virtual void fetch_dequant(const FetchDequantArgs& args) = 0;
-  // One row after the other on the host, unless a backend knows better.
+  // One row after the other in memory that the host can read, unless a backend knows better.
   virtual void round_latents(const RoundLatentsArgs& args);
   virtual void mla_decode(const MlaDecodeArgs& args) = 0;
   virtual void mla_prefill(const MlaPrefillArgs& args) = 0;

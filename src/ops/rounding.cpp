@@ -33,7 +33,8 @@ bool cholesky(std::vector<double>& h) {
   return true;
 }
 
-void round_row(const LatentFeedback& f, ScaleMode mode, float* latent, const float* rope) {
+void round_row(const std::int32_t* order, const float* matrix, ScaleMode mode, float* latent,
+               const float* rope) {
   float latent_amax = 0, rope_amax = 0;
   bool finite = true;
   for (int d = 0; d < kN; ++d) {
@@ -47,12 +48,11 @@ void round_row(const LatentFeedback& f, ScaleMode mode, float* latent, const flo
   if (!finite || latent_amax == 0) return;
   const float scale = numeric::token_scale(latent_amax, rope_amax, true, mode);
   float value[kN], target[kN], error[kFeedbackBlock];
-  for (int k = 0; k < kN; ++k)
-    value[k] = target[k] = latent[f.order[static_cast<std::size_t>(k)]] / scale;
+  for (int k = 0; k < kN; ++k) value[k] = target[k] = latent[order[k]] / scale;
   for (int begin = kN - kFeedbackBlock; begin >= 0; begin -= kFeedbackBlock) {
     for (int j = 0; j < kFeedbackBlock; ++j) {
       const int place = begin + j;
-      float& element = latent[f.order[static_cast<std::size_t>(place)]];
+      float& element = latent[order[place]];
       // The largest element decides the scale, so it is rounded by itself.
       const float want = std::fabs(element) == latent_amax ? value[place] : target[place];
       const float code = numeric::e4m3_to_float(numeric::e4m3_from_float(want));
@@ -60,7 +60,7 @@ void round_row(const LatentFeedback& f, ScaleMode mode, float* latent, const flo
       element = code * scale;
     }
     for (int j = 0; j < kFeedbackBlock; ++j) {
-      const float* row = f.matrix.data() + static_cast<std::ptrdiff_t>(begin + j) * kN;
+      const float* row = matrix + static_cast<std::ptrdiff_t>(begin + j) * kN;
       for (int i = 0; i < begin; ++i) target[i] -= error[j] * row[i];
     }
   }
@@ -126,35 +126,24 @@ LatentFeedback make_latent_feedback(std::vector<double>& gram, const char* what)
 void round_latent_rows(const RoundLatentsArgs& a, float* latent, const float* rope,
                        std::int64_t begin, std::int64_t end) {
   for (std::int64_t t = begin; t < end; ++t)
-    round_row(*a.feedback, a.scale_mode, latent + t * a.latent.stride(0),
-              rope + t * a.rope.stride(0));
+    round_row(a.feedback.order.data<const std::int32_t>(), a.feedback.matrix.data<const float>(),
+              a.scale_mode, latent + t * a.latent.stride(0), rope + t * a.rope.stride(0));
 }
 
-// On the host, wherever the rows lie.
+FeedbackView LatentFeedback::view() const {
+  return {TensorView::of(order.data(), {kN}), TensorView::of(matrix.data(), {kN, kN})};
+}
+
 void OpSet::round_latents(const RoundLatentsArgs& a) {
-  const std::int64_t n = a.latent.dim(0);
-  if (memory().host_accessible()) {
-    round_latent_rows(a, a.latent.data<float>(), a.rope.data<float>(), 0, n);
-    return;
-  }
-  const auto size = [](const TensorView& t) {
-    return static_cast<std::size_t>((t.dim(0) - 1) * t.stride(0) + t.dim(1));
-  };
-  std::vector<float> latent(size(a.latent)), rope(size(a.rope));
-  memory().download(latent.data(), a.latent.raw(), static_cast<std::int64_t>(latent.size() * 4));
-  memory().download(rope.data(), a.rope.raw(), static_cast<std::int64_t>(rope.size() * 4));
-  round_latent_rows(a, latent.data(), rope.data(), 0, n);
-  memory().upload(a.latent.raw(), latent.data(), static_cast<std::int64_t>(latent.size() * 4));
+  round_latent_rows(a, a.latent.data<float>(), a.rope.data<float>(), 0, a.latent.dim(0));
 }
 
 void round_latents(OpSet& ops, const RoundLatentsArgs& a) {
   check_output("latent", a.latent, {kAny, kKvLoraRank}, {DType::kF32});
   check_tensor("rope", a.rope, {a.latent.dim(0), kQkRopeHeadDim}, {DType::kF32});
   check_no_overlap("latent", a.latent, "rope", a.rope);
-  if (!a.feedback || a.feedback->matrix.size() != std::size_t{kKvLoraRank} * kKvLoraRank) {
-    refuse("feedback", a.feedback ? str(a.feedback->matrix.size(), " numbers") : "none",
-           str("a matrix of ", kKvLoraRank, " x ", kKvLoraRank));
-  }
+  check_tensor("feedback order", a.feedback.order, {kKvLoraRank}, {DType::kI32});
+  check_tensor("feedback matrix", a.feedback.matrix, {kKvLoraRank, kKvLoraRank}, {DType::kF32});
   if (a.latent.dim(0) > 0) ops.round_latents(a);
 }
 

@@ -25,6 +25,12 @@ namespace snapmla::ops {
 
 inline constexpr int kFeedbackBlock = 64;  // elements that are decided at once
 
+// One layer's matrices where a backend can read them.
+struct FeedbackView {
+  TensorView order;   // [512] i32
+  TensorView matrix;  // [512, 512] f32, contiguous
+};
+
 // One layer's, in the host's memory. Place k of the order holds element order[k]; places are
 // decided from the last block to the first.
 struct LatentFeedback {
@@ -35,12 +41,14 @@ struct LatentFeedback {
   // Predicted |W e|^2 relative to nearest, from the weights alone, if every element's remaining
   // error were alike: 1 means that feedback gains nothing.
   double left = 1;
+
+  FeedbackView view() const;
 };
 
 struct RoundLatentsArgs {
   TensorView latent;  // [num_tokens, 512] f32, rounded in place
   TensorView rope;    // [num_tokens, 64] f32: has a part in the scale
-  const LatentFeedback* feedback = nullptr;
+  FeedbackView feedback;
   ScaleMode scale_mode = ScaleMode::kAmax;  // as append_kv will be given
 };
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "backends/cpu/cpu_backend.h"
@@ -47,7 +48,8 @@ class CudaSmallOps : public DeviceTest {
   std::unique_ptr<ops::OpSet> ref_ = ref::make_ref_backend(), cpu_ = cpu::make_cpu_backend(2);
 };
 
-// Rounding with feedback has no kernel of its own yet: the rows make the way to the host and back.
+// Every number of tokens per block, blocks that are not full, padded rows, rows that stay as they
+// are: the bits of the host.
 TEST_F(CudaSmallOps, RoundLatentsGivesTheBitsOfTheHost) {
   std::vector<double> gram(std::size_t{kKvLoraRank} * kKvLoraRank);
   const Floats w = random_floats(40 * kKvLoraRank, 17);
@@ -58,16 +60,34 @@ TEST_F(CudaSmallOps, RoundLatentsGivesTheBitsOfTheHost) {
             double{w[static_cast<std::size_t>(r * kKvLoraRank + i)]} *
             w[static_cast<std::size_t>(r * kKvLoraRank + j)];
   const ops::LatentFeedback feedback = ops::make_latent_feedback(gram, "test");
-  const std::int64_t n = 7;
-  Floats latent = random_floats(n * kKvLoraRank, 18);
-  const Floats rope = random_floats(n * kQkRopeHeadDim, 19);
-  const TensorView on_device = put(latent, {n, kKvLoraRank});
-  ops::round_latents(*ops_, {on_device, put(rope, {n, kQkRopeHeadDim}), &feedback});
-  Floats got(latent.size());
-  ops_->memory().download(got.data(), on_device.raw(), static_cast<std::int64_t>(got.size() * 4));
-  ops::round_latents(*ref_, {TensorView::of(latent.data(), {n, kKvLoraRank}),
-                             TensorView::of(rope.data(), {n, kQkRopeHeadDim}), &feedback});
-  EXPECT_TRUE(same_bits(got, latent));
+  const ops::FeedbackView on_device{
+      put(std::vector<std::int32_t>(feedback.order.begin(), feedback.order.end()), {kKvLoraRank}),
+      put(feedback.matrix, {kKvLoraRank, kKvLoraRank})};
+  for (const ScaleMode mode : {ScaleMode::kAmax, ScaleMode::kPow2}) {
+    for (const std::int64_t n : {1, 7, 64, 65, 301, 513, 1031}) {
+      const std::int64_t stride = kKvLoraRank + 3, rope_stride = kQkRopeHeadDim + 1;
+      Floats latent = random_floats(n * stride, 18);
+      Floats rope = random_floats(n * rope_stride, 19);
+      if (n > 7) {
+        latent[static_cast<std::size_t>(2 * stride + 5)] = std::numeric_limits<float>::quiet_NaN();
+        rope[static_cast<std::size_t>(4 * rope_stride + 63)] =
+            std::numeric_limits<float>::infinity();
+        std::fill_n(latent.begin() + 6 * stride, kKvLoraRank, 0.0f);
+        latent[static_cast<std::size_t>(7 * stride + 511)] = -300.0f;  // one element decides
+      }
+      const TensorView rows = put(latent, {n * stride});
+      ops::round_latents(
+          *ops_, {TensorView::of(rows.data<float>(), {n, kKvLoraRank}).with_stride(0, stride),
+                  TensorView::of(put(rope, {n * rope_stride}).data<float>(), {n, kQkRopeHeadDim})
+                      .with_stride(0, rope_stride),
+                  on_device, mode});
+      ops::round_latents(
+          *ref_, {TensorView::of(latent.data(), {n, kKvLoraRank}).with_stride(0, stride),
+                  TensorView::of(rope.data(), {n, kQkRopeHeadDim}).with_stride(0, rope_stride),
+                  feedback.view(), mode});
+      EXPECT_TRUE(same_bits(get<float>(rows), latent)) << n << " tokens";
+    }
+  }
 }
 
 TEST_F(CudaSmallOps, LinearAgreesWithRefAndRowsAreIndependent) {

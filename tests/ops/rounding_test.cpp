@@ -57,7 +57,8 @@ struct Rows {
   }
   RoundLatentsArgs args(const LatentFeedback& f, ScaleMode mode = ScaleMode::kAmax) {
     const auto n = static_cast<std::int64_t>(rope.size() / 64);
-    return {TensorView::of(latent.data(), {n, kN}), TensorView::of(rope.data(), {n, 64}), &f, mode};
+    return {TensorView::of(latent.data(), {n, kN}), TensorView::of(rope.data(), {n, 64}), f.view(),
+            mode};
   }
 };
 
@@ -204,16 +205,17 @@ TEST(RoundLatents, RefusesWhatItCannotUse) {
     }
   }
   Rows rows(2, 11);
-  const LatentFeedback empty;
   const auto ref = ref::make_ref_backend();
-  EXPECT_THROW(round_latents(*ref, rows.args(empty)), Error);
-  RoundLatentsArgs a = rows.args(empty);
-  a.feedback = nullptr;
-  EXPECT_THROW(round_latents(*ref, a), Error);
   std::vector<double> zero(static_cast<std::size_t>(kN) * kN);
   const LatentFeedback f = make_latent_feedback(zero, "test");  // nothing reads the latent
-  a = rows.args(f);
+  RoundLatentsArgs a = rows.args(f);
   a.rope = TensorView::of(rows.rope.data(), {1, 64});
+  EXPECT_THROW(round_latents(*ref, a), Error);
+  a = rows.args(f);
+  a.feedback = {};
+  EXPECT_THROW(round_latents(*ref, a), Error);
+  a.feedback = f.view();
+  a.feedback.matrix = TensorView::of(f.matrix.data(), {kN / 2, kN});
   EXPECT_THROW(round_latents(*ref, a), Error);
   round_latents(*ref, rows.args(f));
 }

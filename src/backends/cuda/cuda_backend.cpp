@@ -48,6 +48,9 @@ class CudaBackend final : public ops::OpSet {
   void fetch_dequant(const FetchDequantArgs& args) override {
     cuda::fetch_dequant(args, stream_.get());
   }
+  void round_latents(const ops::RoundLatentsArgs& args) override {
+    cuda::round_latents(args, stream_.get());
+  }
   void mla_decode(const MlaDecodeArgs& args) override;
   void mla_prefill(const ops::MlaPrefillArgs& args) override {
     cuda::mla_prefill(args, stream_.get());
