@@ -2,11 +2,15 @@
 """Held-out text of the shipped model as {"text", "source", "licence"} lines, for `snapmla eval`.
 
     tools/eval_text.py -o text.jsonl [--max-kb 900] [PACKAGE...]
+    tools/eval_text.py -o models/snapmla-20m/eval/text.jsonl --project
 
 Downloads the wheels of PACKAGEs at the versions of models/snapmla-20m/data_manifest.json (pip; nothing
 is installed) and keeps the files that training left out: those whose path's SHA-256 fell into the
 "eval" part (models/train/build_data.py), under the licences of the manifest. A file whose content also
 stands under a path that was trained on is dropped. The licences' texts go beside it, to text.licences.txt.
+
+--project: this project's own Python and Markdown files instead, which are small but need no download; no
+training saw them. That is the sample that ships with the model; it is frozen, figures refer to it.
 """
 import argparse
 import hashlib
@@ -57,15 +61,27 @@ def wheel(package, version, directory):
     return max(pathlib.Path(directory).glob("*.whl"), key=lambda p: p.stat().st_mtime)
 
 
+def project_files():
+    """(order, digest, document) of the tracked Python and Markdown files, as main() keeps them."""
+    names = subprocess.run(["git", "-C", str(ROOT), "ls-files", "*.py", "*.md"], check=True, capture_output=True,
+                           text=True).stdout.split("\n")
+    for name in filter(None, names):
+        text = readable((ROOT / name).read_bytes())
+        if text is not None:
+            yield (hashlib.sha256(name.encode()).digest(), hashlib.sha256(text.encode()).digest(),
+                   dict(source=f"snapmla: {name}", licence="MIT", text=text))
+
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("-o", "--output", required=True)
     ap.add_argument("--max-kb", type=int, default=900, help="stop before the file grows beyond this")
+    ap.add_argument("--project", action="store_true", help="this project's own files, no packages")
     ap.add_argument("packages", nargs="*", default=PACKAGES)
     args = ap.parse_args()
     known = {p["package"].lower(): p for p in json.loads(MANIFEST.read_text())["packages"]}
-    kept, trained, licences = [], set(), {}
-    for name in args.packages:
+    kept, trained, licences = list(project_files()) if args.project else [], set(), {}
+    for name in [] if args.project else args.packages:
         entry = known.get(name.lower())
         if entry is None:
             sys.exit(f"error: {name}: got a package that is not in {MANIFEST.name}, accepted are those in it")
@@ -100,11 +116,13 @@ def main():
             out.write(line)
             size, files = size + len(line.encode()), files + 1
             used.add(doc["source"].split(" ")[0])
+    print(f"{files} files, {size} bytes in {args.output}", file=sys.stderr)
+    if args.project:  # under the licence of the project
+        return
     with open(pathlib.Path(args.output).with_suffix(".licences.txt"), "w", encoding="utf-8") as out:
         for package in sorted(used):
             texts = licences.get(package) or sys.exit(f"error: {package}: its wheel has no licence text")
             out.write(f"==== {package}\n\n" + "\n----\n".join(dict.fromkeys(texts)) + "\n")
-    print(f"{files} files, {size} bytes in {args.output}", file=sys.stderr)
 
 
 if __name__ == "__main__":

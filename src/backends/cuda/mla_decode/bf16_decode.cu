@@ -9,7 +9,7 @@ namespace snapmla::cuda {
 
 void launch_mla_decode_bf16(const DecodeParams& params, cudaStream_t stream) {
   constexpr int kSharedBytes = static_cast<int>(sizeof(bf16_decode::SharedStorage));
-  const auto kernel = &bf16_decode::kernel<bf16_decode::DefaultTuning>;
+  const auto kernel = &bf16_decode::bf16_decode_kernel;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
         "mla_decode (bf16): shared memory");
   launch("mla_decode (bf16)", Ordering::kOverlap, kernel,

@@ -40,13 +40,6 @@
 
 namespace snapmla::cuda::bf16_decode {
 
-// Choices that change time, not results.
-struct DefaultTuning {
-  static constexpr bool kScoreOrder = true;    // odd scores are issued after even ones
-  static constexpr bool kEagerScores = false;  // next even scores before all of PV is awaited
-  static constexpr bool kEvictFirst = true;    // L2 policy of page copies
-};
-
 // What a math warpgroup keeps while it works on an item.
 struct MathState {
   float o[2][64];  // [half of the warpgroup's 256 dims][accumulators of 128 dims]
@@ -80,13 +73,13 @@ __device__ __forceinline__ Operand operand(const void* shared, std::uint32_t lea
   return {static_cast<std::uint32_t>(d), static_cast<std::uint32_t>(d >> 32)};
 }
 
-// Issues the scores of the page in the slot, groups [kFrom, kTo) of its order.
-template <int kSlot, int kFrom, int kTo>
+// Issues the scores of the page in the slot.
+template <int kSlot>
 __device__ __forceinline__ void issue_scores(SharedStorage& s, std::uint32_t parity,
                                              float (&score)[32]) {
   const Operand query = operand(s.query, 16), keys = operand(s.keys[kSlot], 16);  // K-major
 #pragma unroll
-  for (int i = kFrom; i < kTo; ++i) {
+  for (int i = 0; i < kGroups; ++i) {
     const int g = group_order(kSlot, i);
     wait(s.full[kSlot][g], parity);
     ptx::wgmma_fence();
@@ -228,7 +221,7 @@ __device__ __forceinline__ void adopt_p(const SharedStorage& s, MathState& m) {
 
 // `page`: the even page of the tile, its scores complete. kTwo: the tile has an odd page. kNext: a
 // tile follows; its scores are complete on return. `order`: that tile has two pages.
-template <class Tuning, bool kTwo, bool kNext>
+template <bool kTwo, bool kNext>
 __device__ __forceinline__ void even_tile(SharedStorage& s, MathState& m, int page,
                                           std::uint32_t& parity, bool order) {
   static_assert(kTwo || !kNext, "only the last tile of an item may have one page");
@@ -242,23 +235,11 @@ __device__ __forceinline__ void even_tile(SharedStorage& s, MathState& m, int pa
     ptx::barrier_sync(kOddReady, 256);
     adopt_p(s, m);
     issue_values<1, 0>(s, m);
-    if constexpr (kNext && Tuning::kEagerScores) {
-      ptx::wgmma_wait<1>();
-      arrive_warp(s.empty[1][1]);
-      ptx::pin_registers(m.score);
-      issue_scores<0, 0, 2>(s, parity, m.score);
-      ptx::wgmma_wait<1>();
-      arrive_warp(s.empty[1][2]);
-      issue_scores<0, 2, kGroups>(s, parity, m.score);
-    } else {
-      finish_values<1, 0>(s, m);
-      if constexpr (kNext) {
-        ptx::pin_registers(m.score);
-        issue_scores<0, 0, kGroups>(s, parity, m.score);
-      }
-    }
+    finish_values<1, 0>(s, m);
     if constexpr (kNext) {
-      if (Tuning::kScoreOrder && order) ptx::barrier_arrive(kScoresIssued, 256);
+      ptx::pin_registers(m.score);
+      issue_scores<0>(s, parity, m.score);
+      if (order) ptx::barrier_arrive(kScoresIssued, 256);
       finish_scores<0>(s, m);
       ptx::pin_registers(m.o[0]);
       ptx::pin_registers(m.o[1]);
@@ -268,7 +249,7 @@ __device__ __forceinline__ void even_tile(SharedStorage& s, MathState& m, int pa
 }
 
 // `page`: the odd page of the tile, its scores complete. kNext: another odd page follows.
-template <class Tuning, bool kNext>
+template <bool kNext>
 __device__ __forceinline__ void odd_tile(SharedStorage& s, MathState& m, int page,
                                          std::uint32_t& parity) {
   ptx::barrier_sync(kEvenReady, 256);
@@ -289,9 +270,9 @@ __device__ __forceinline__ void odd_tile(SharedStorage& s, MathState& m, int pag
   issue_values<1, 1>(s, m);
   finish_values<1, 1>(s, m);
   if constexpr (kNext) {
-    if (Tuning::kScoreOrder) ptx::barrier_sync(kScoresIssued, 256);
+    ptx::barrier_sync(kScoresIssued, 256);  // odd scores are issued after even ones
     ptx::pin_registers(m.score);
-    issue_scores<1, 0, kGroups>(s, parity, m.score);
+    issue_scores<1>(s, parity, m.score);
     finish_scores<1>(s, m);
     parity ^= 1;
   }
@@ -318,9 +299,8 @@ __device__ __forceinline__ void begin_item(const DecodeParams& p, MathState& m, 
   m.unmasked = visible(row_begin);
 }
 
-template <class Tuning>
-__device__ void compute_even(const DecodeParams& p, SharedStorage& s, int item_begin, int item_end,
-                             int row_begin) {
+__device__ __forceinline__ void compute_even(const DecodeParams& p, SharedStorage& s,
+                                             int item_begin, int item_end, int row_begin) {
   MathState m;
   m.scale = p.scale_log2e;
   m.live = row_begin + (thread_in_group() >> 5) * 16 < p.rows;
@@ -332,26 +312,25 @@ __device__ void compute_even(const DecodeParams& p, SharedStorage& s, int item_b
     begin_item(p, m, item.length, row_begin);
     wait(s.query_full, item_parity);
     ptx::pin_registers(m.score);
-    issue_scores<0, 0, kGroups>(s, parity, m.score);
-    if (Tuning::kScoreOrder && pages.first + 1 < pages.end) ptx::barrier_arrive(kScoresIssued, 256);
+    issue_scores<0>(s, parity, m.score);
+    if (pages.first + 1 < pages.end) ptx::barrier_arrive(kScoresIssued, 256);
     finish_scores<0>(s, m);
     parity ^= 1;
     int page = pages.first;
     for (; page + 2 < pages.end; page += 2)
-      even_tile<Tuning, true, true>(s, m, page, parity, page + 3 < pages.end);
+      even_tile<true, true>(s, m, page, parity, page + 3 < pages.end);
     arrive_warp(s.query_empty);
     if (page + 1 < pages.end) {
-      even_tile<Tuning, true, false>(s, m, page, parity, false);
+      even_tile<true, false>(s, m, page, parity, false);
     } else {
-      even_tile<Tuning, false, false>(s, m, page, parity, false);
+      even_tile<false, false>(s, m, page, parity, false);
     }
     store_item<0>(p, s, item, m.o, m.rows, row_begin, item_parity);
   }
 }
 
-template <class Tuning>
-__device__ void compute_odd(const DecodeParams& p, SharedStorage& s, int item_begin, int item_end,
-                            int row_begin) {
+__device__ __forceinline__ void compute_odd(const DecodeParams& p, SharedStorage& s, int item_begin,
+                                            int item_end, int row_begin) {
   MathState m;
   m.scale = p.scale_log2e;
   m.live = row_begin + (thread_in_group() >> 5) * 16 < p.rows;
@@ -363,14 +342,14 @@ __device__ void compute_odd(const DecodeParams& p, SharedStorage& s, int item_be
     int page = pages.first + 1;
     if (page < pages.end) {
       wait(s.query_full, item_parity);
-      if (Tuning::kScoreOrder) ptx::barrier_sync(kScoresIssued, 256);
+      ptx::barrier_sync(kScoresIssued, 256);
       ptx::pin_registers(m.score);
-      issue_scores<1, 0, kGroups>(s, parity, m.score);
+      issue_scores<1>(s, parity, m.score);
       finish_scores<1>(s, m);
       parity ^= 1;
-      for (; page + 2 < pages.end; page += 2) odd_tile<Tuning, true>(s, m, page, parity);
+      for (; page + 2 < pages.end; page += 2) odd_tile<true>(s, m, page, parity);
       arrive_warp(s.query_empty);
-      odd_tile<Tuning, false>(s, m, page, parity);
+      odd_tile<false>(s, m, page, parity);
     } else {
       arrive_warp(s.query_empty);
     }
@@ -399,8 +378,8 @@ __device__ __forceinline__ void init_barriers(SharedStorage& s) {
   ptx::fence_mbarrier_init();
 }
 
-template <class Tuning>
-__global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ DecodeParams p) {
+__global__ void __launch_bounds__(kThreads, 1)
+    bf16_decode_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) std::uint8_t shared_bytes[];
   SharedStorage& s = *reinterpret_cast<SharedStorage*>(shared_bytes);
   const int part = static_cast<int>(blockIdx.x) / p.row_tiles;
@@ -413,18 +392,18 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ De
   if (threadIdx.x < 128) {
     ptx::setmaxnreg_dec<kLoadRegisters>();
     if (threadIdx.x == 0) {
-      copy_pages<0, Tuning::kEvictFirst>(p, s, item_begin, item_end);
+      copy_pages<0>(p, s, item_begin, item_end);
     } else if (threadIdx.x == 32) {
-      copy_pages<1, Tuning::kEvictFirst>(p, s, item_begin, item_end);
+      copy_pages<1>(p, s, item_begin, item_end);
     } else if (threadIdx.x >= 64) {
       load_queries(p, s, item_begin, item_end, row_begin);
     }
   } else if (threadIdx.x < 256) {
     ptx::setmaxnreg_inc<kMathRegisters>();
-    compute_even<Tuning>(p, s, item_begin, item_end, row_begin);
+    compute_even(p, s, item_begin, item_end, row_begin);
   } else {
     ptx::setmaxnreg_inc<kMathRegisters>();
-    compute_odd<Tuning>(p, s, item_begin, item_end, row_begin);
+    compute_odd(p, s, item_begin, item_end, row_begin);
   }
 }
 
