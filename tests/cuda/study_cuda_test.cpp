@@ -139,8 +139,12 @@ TEST_F(CudaEvaluation, FiguresAreThoseOfTheHost) {
     // 96 tokens: what the devices round differently is noise that a larger n would average out.
     EXPECT_NEAR(got, want, (fault ? 0.1 : 1e-2) * want) << arm;
     if (arm == "a1") continue;
-    if (fault || arm.starts_with("a2") || arm == "sim") {
-      EXPECT_EQ(device["verdicts"][i - 1]["caught"].get<bool>(), fault) << arm;
+    const auto& verdict = device["verdicts"][i - 1];
+    if (fault) EXPECT_TRUE(verdict["caught"].get<bool>()) << arm;
+    if (arm.starts_with("a2") || arm == "sim") {
+      // The top token may be: 1 of 48 in both windows is beyond 99.5%.
+      for (const auto& what : verdict["beyond"])
+        EXPECT_TRUE(what.get<std::string>().starts_with("top1")) << arm << ": " << what;
     }
     const double kl = w["kl"]["value"], kl_device = g["kl"]["value"];
     if (arm == "a1-split") {
