@@ -140,7 +140,9 @@ TEST_F(CudaEvaluation, FiguresAreThoseOfTheHost) {
     EXPECT_NEAR(got, want, (fault ? 0.1 : 1e-2) * want) << arm;
     if (arm == "a1") continue;
     const auto& verdict = device["verdicts"][i - 1];
-    if (fault) EXPECT_TRUE(verdict["caught"].get<bool>()) << arm;
+    if (fault) {
+      EXPECT_TRUE(verdict["caught"].get<bool>()) << arm;
+    }
     if (arm.starts_with("a2") || arm == "sim") {
       // The top token may be: 1 of 48 in both windows is beyond 99.5%.
       for (const auto& what : verdict["beyond"])
