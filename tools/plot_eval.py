@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""Draws a report of `snapmla eval`: accuracy by length, KL, error by layer, first divergence.
+"""Draws a report of `snapmla eval`: accuracy by length, top token, KL, error by layer, first divergence.
 
-    tools/plot_eval.py DIR/report.json -o quality.svg [--arms a1,a2,...]
+    tools/plot_eval.py DIR/report.json [MORE...] -o quality.svg [--arms a1,a2,...]
+
+Of several reports (text in one, tasks in another), each part comes from the first that has it.
 
 Needs matplotlib (Debian: python3-matplotlib).
 """
 import argparse
+import functools
 import json
 import sys
 
@@ -36,66 +39,96 @@ def accuracy(axis, report, arms, kind):
     axis.set_xlabel("size")
 
 
-def divergence(histogram):
-    """(places, counts) of the bins."""
-    width = histogram["bin_width"]
-    return [(i + 0.5) * width for i in range(len(histogram["counts"]))], histogram["counts"]
-
-
-def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("report")
-    ap.add_argument("-o", "--output", required=True, help="*.svg or *.png")
-    ap.add_argument("--arms", help="arms to draw (default: those of the group main)")
-    args = ap.parse_args()
-    with open(args.report, encoding="utf-8") as f:
-        report = json.load(f)
-    known = {a["name"]: a for a in report["arms"]}
-    arms = args.arms.split(",") if args.arms else [n for n, a in known.items() if a["group"] == "main"]
-    for arm in arms:
-        if arm not in known:
-            sys.exit(f"error: arms: got {arm!r}, accepted are {', '.join(known)}")
-    kinds = sorted({r["kind"] for r in report["tasks"]})
-    panels = len(kinds) + 3
-    columns = 3
-    lines = -(-panels // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(13, 3.6 * lines), squeeze=False)
-    places = list(axes.flat)
-    for kind in kinds:
-        accuracy(places.pop(0), report, arms, kind)
-
-    axis = places.pop(0)
-    contexts = sorted({r["context"] for r in report["text"]})
+def by_context(axis, report, arms, key, scale, title):
     for i, arm in enumerate(a for a in arms if a != "a1"):
-        rows = [r for r in rows_of(report, "text", arm) if "kl" in r]
-        axis.plot([r["context"] for r in rows], [r["kl"]["value"] for r in rows], "o-", ms=3, lw=1,
-                  color=f"C{arms.index(arm)}", label=arm)
-    axis.axhline(report["bounds"]["kl"], color="k", lw=0.8, ls=":")
-    axis.set(xscale="log", yscale="log", title="KL from a1, nat (dotted: the bound)", xlabel="context")
+        rows = [r for r in rows_of(report, "text", arm) if key in r]
+        values = [scale * r[key]["value"] for r in rows]
+        below = [v - scale * r[key]["low"] for v, r in zip(values, rows)]
+        above = [scale * r[key]["high"] - v for v, r in zip(values, rows)]
+        axis.errorbar([r["context"] for r in rows], values, yerr=[below, above], fmt="o-", ms=3, lw=1, capsize=2,
+                      color=f"C{arms.index(arm)}", label=arm)
+    axis.axhline(scale * report["bounds"][key], color="k", lw=0.8, ls=":")
+    contexts = sorted({r["context"] for r in report["text"]})
+    axis.set(xscale="log", title=title, xlabel="context")
     axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axis.set_xticks(contexts, contexts)
 
-    axis = places.pop(0)
+
+def kl(axis, report, arms):
+    axis.set_yscale("log")
+    by_context(axis, report, arms, "kl", 1, "KL from a1, nat (dotted: the bound)")
+
+
+def top1(axis, report, arms):
+    by_context(axis, report, arms, "top1", 100, "same top token as a1, % (dotted: the bound)")
+
+
+def by_layer(axis, report, arms):
     for row in report["layer_errors"]:
         if row["arm"] in arms:
             axis.plot(range(len(row["attention"])), row["attention"], "o-", ms=3, lw=1,
                       color=f"C{arms.index(row['arm'])}", label=row["arm"])
     axis.set(yscale="log", title="attention output: relative error", xlabel="layer")
 
-    axis = places.pop(0)
+
+def first_divergence(axis, report, arms, kind):
     for i, arm in enumerate(arms):
         for row in rows_of(report, "kinds", arm):
-            if row["counts"] == "whole output" and row["first_divergence"]:
-                at, counts = divergence(row["first_divergence"])
-                axis.plot(at, counts, "o-", ms=3, lw=1, color=f"C{i}", label=f"{arm}, {row['kind']}")
-    axis.set(title="first wrong token of an output", xlabel="answer token", ylabel="items")
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=6)
-    else:
-        axis.text(0.5, 0.5, "no output was wrong", ha="center", transform=axis.transAxes)
+            histogram = row["first_divergence"] if row["kind"] == kind else None
+            if histogram:
+                width = histogram["bin_width"] / (len(arms) + 1)
+                places = [n * histogram["bin_width"] + (i + 0.5) * width for n in range(len(histogram["counts"]))]
+                axis.bar(places, histogram["counts"], width, color=f"C{i}")
+    axis.set(title=f"{kind}: first wrong token of an output", xlabel="answer token", ylabel="items")
+
+
+def merged(reports):
+    """One report with every section from the first report that has it; the arms of all."""
+    whole = dict(reports[0])
+    for other in reports[1:]:
+        for key in ("text", "tasks", "kinds"):
+            whole[key] = whole[key] or other[key]
+        if not any(row["attention"] for row in whole["layer_errors"]):
+            whole["layer_errors"] = other["layer_errors"]
+        names = {a["name"] for a in whole["arms"]}
+        whole["arms"] = whole["arms"] + [a for a in other["arms"] if a["name"] not in names]
+    return whole
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("report", nargs="+")
+    ap.add_argument("-o", "--output", required=True, help="*.svg or *.png")
+    ap.add_argument("--arms", help="arms to draw (default: those of the group main)")
+    args = ap.parse_args()
+    reports = []
+    for path in args.report:
+        with open(path, encoding="utf-8") as f:
+            reports.append(json.load(f))
+    report = merged(reports)
+    known = {a["name"]: a for a in report["arms"]}
+    arms = args.arms.split(",") if args.arms else [n for n, a in known.items() if a["group"] == "main"]
+    for arm in arms:
+        if arm not in known:
+            sys.exit(f"error: arms: got {arm!r}, accepted are {', '.join(known)}")
+    panels = [functools.partial(accuracy, kind=kind) for kind in sorted({r["kind"] for r in report["tasks"]})]
+    if report["text"]:
+        panels += [top1, kl]
+    if any(row["attention"] for row in report["layer_errors"]):
+        panels.append(by_layer)
+    panels += [functools.partial(first_divergence, kind=kind) for kind in sorted(
+        {r["kind"] for r in report["kinds"] if r["counts"] == "whole output" and r["first_divergence"]})]
+    if not panels:
+        sys.exit(f"error: {args.report[0]}: got a report without results, accepted is one with text or tasks")
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.4 * columns, 3.6 * lines), squeeze=False)
+    places = list(axes.flat)
+    for panel in panels:
+        panel(places.pop(0), report, arms)
     for axis in places:
         axis.remove()
-    handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())
+    handles = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels())
                if label in known}
     labels = [f"{n}{' (simulated)' if known[n]['simulated'] else ''}" for n in handles]
     figure.legend(handles.values(), labels, loc="lower center", ncols=min(len(labels), 9), fontsize=8)
