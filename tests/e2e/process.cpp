@@ -99,7 +99,9 @@ Result run_program(const std::string& program, const std::vector<std::string>& a
   int to_in = launch.terminal ? terminal : in.write;
   std::string pending = launch.input;
   Result result;
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(launch.timeout_s);
+  // Sanitized programs take up to ten times as long.
+  const int timeout_s = launch.timeout_s * (sanitized() ? 10 : 1);
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(timeout_s);
   while (from_out >= 0 || from_err >= 0) {
     if (pending.empty() && !launch.terminal) drop(to_in);
     pollfd fds[3] = {
@@ -113,7 +115,7 @@ Result run_program(const std::string& program, const std::vector<std::string>& a
     if (grew && launch.on_output) pending += launch.on_output(pid, result.out + result.err);
     if (std::chrono::steady_clock::now() > deadline) {
       kill(pid, SIGKILL);
-      ADD_FAILURE() << "killed after " << launch.timeout_s << " s";
+      ADD_FAILURE() << "killed after " << timeout_s << " s";
       break;
     }
   }

@@ -13,13 +13,11 @@ namespace fp8_decode {
 // One thread. Groups arrive in the order in which QK takes them, so that PV of the previous tile
 // frees both halves of the output dims early. A second page that the request does not have is not
 // looked up.
-template <class Storage>
+template <class Traits, class Storage>
 __device__ void copy_pages(const DecodeParams& p, Storage& s, PartItems items) {
   Turn turn;
-  // PERF: with one row tile a page is read once and need not stay in L2: 1.5% at 16 rows. With
-  // several it must, for their CTAs to find it there.
-  const bool read_once = p.row_tiles == 1;
-  const std::uint64_t policy = l2_policy_evict_first();
+  std::uint64_t policy = 0;
+  if constexpr (Traits::kReadOnce) policy = l2_policy_evict_first();
   for (int n = 0; n < items.count; ++n) {
     const DecodeItem* item = items.at(p.plan, n);
     int tile = item->tile_begin;
@@ -55,7 +53,7 @@ __device__ void copy_pages(const DecodeParams& p, Storage& s, PartItems items) {
           const std::uint8_t* from =
               rope ? p.kv_rope + page * p.rope_page_stride
                    : p.kv_latent + page * p.latent_page_stride + c * kPageBytesChunk;
-          if (read_once) {
+          if constexpr (Traits::kReadOnce) {
             bulk_copy_g2s(place, from, kPageBytesChunk, full, policy);
           } else {
             bulk_copy_g2s(place, from, kPageBytesChunk, full);
