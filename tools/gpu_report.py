@@ -163,6 +163,8 @@ def main(arguments):
         return 0
     if what == "gtest":
         result = judge_gtest(load(rest[0]), int(rest[1]))
+        if len(rest) > 2:  # what the example of the installed library printed
+            result["example"] = pathlib.Path(rest[2]).read_text(errors="replace").strip()[-300:]
     elif what == "bench":
         result = judge_bench(load(rest[0]), int(rest[1]))
     elif what == "sanitizer":
