@@ -170,8 +170,15 @@ json measure(const AccuracyCase& c, std::int32_t context, const AccuracyOptions&
     }
     result["lse_error"][name] = worst;
     result["lse_error"][name + "_emulation"] = worst_emulated;
-    const double emulation = kernel[name + "_emulation"].get<double>();
-    result["ratio"][name] = emulation > 0 ? kernel[name].get<double>() / emulation : 0.0;
+    const auto hardware =
+        reference_attention(reference, rows, nullptr,
+                            p_block == 64 ? PEmulation::kTensorCore64 : PEmulation::kTensorCore128);
+    kernel[name + "_tensor_core"] = relative(hardware.out, exact.out);
+    kernel[name + "_from_tensor_core"] = relative(got, hardware.out);
+    for (const char* against : {"_emulation", "_tensor_core"}) {
+      const double error = kernel[name + against].get<double>();
+      result["ratio"][name + against] = error > 0 ? kernel[name].get<double>() / error : 0.0;
+    }
     if (p_block != 64) continue;
     method["cache_only"] = relative(exact.out, exact_inputs);
     for (const auto& [label, emulation_kind] : std::vector<std::pair<const char*, PEmulation>>{
@@ -193,24 +200,29 @@ std::string cell(const json& object, const char* key) {
 
 std::string markdown_row(const json& r) {
   const json &k = r["kernel_error"], &m = r["method_error"];
-  char ratios[48];
-  std::snprintf(ratios, sizeof ratios, "%.3f, %.3f", r["ratio"].value("block64", 0.0),
-                r["ratio"].value("block128", 0.0));
+  const auto ratios = [&](const char* block64, const char* block128) {
+    char text[48];
+    std::snprintf(text, sizeof text, "%.3f, %.3f", r["ratio"].value(block64, 0.0),
+                  r["ratio"].value(block128, 0.0));
+    return std::string(text);
+  };
   return "| " + r["distribution"].get<std::string>() + " | " +
          std::to_string(r["context"].get<int>()) + " | " + cell(k, "block64") + " | " +
-         cell(k, "block128") + " | " + ratios + " | " + cell(k, "two_level_emulation") + " | " +
-         cell(k, "one_level_emulation") + " | " + cell(k, "unscaled_emulation") + " | " +
-         cell(k, "per_tensor_unscaled_emulation") + " | " + cell(k, "bf16") + " | " +
-         cell(m, "block64") + " | " + cell(m, "cache_only") + " | " +
+         cell(k, "block128") + " | " + ratios("block64_emulation", "block128_emulation") + " | " +
+         ratios("block64_tensor_core", "block128_tensor_core") + " | " +
+         cell(k, "two_level_emulation") + " | " + cell(k, "one_level_emulation") + " | " +
+         cell(k, "unscaled_emulation") + " | " + cell(k, "per_tensor_unscaled_emulation") + " | " +
+         cell(k, "bf16") + " | " + cell(m, "block64") + " | " + cell(m, "cache_only") + " | " +
          cell(m, "per_tensor_unscaled_emulation") + " |";
 }
 
 const char* const kMarkdownHead =
-    "| distribution | context | block 64 | block 128 | ratio to emulation (64, 128) | two-level "
-    "model | one-level model | P unscaled | per tensor, P unscaled | BF16 kernel | method: block "
+    "| distribution | context | block 64 | block 128 | ratio to the scheme in fp64 (64, 128) | "
+    "ratio to it with the tensor core's sums | two-level model | one-level model | P unscaled | "
+    "per tensor, P unscaled | BF16 kernel | method: block "
     "64 "
     "| method: cache alone | method: per tensor |\n"
-    "|---|---|---|---|---|---|---|---|---|---|---|---|---|";
+    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|";
 
 }  // namespace
 
@@ -288,8 +300,8 @@ bool run_accuracy_bench(const AccuracyOptions& options, std::ostream& out) {
     for (const std::int32_t context : options.contexts) {
       json r = measure(c, context, options);
       // NaN fails too.
-      const bool within = r["ratio"].value("block64", NAN) <= options.bound &&
-                          r["ratio"].value("block128", NAN) <= options.bound;
+      const bool within = r["ratio"].value("block64_tensor_core", NAN) <= options.bound &&
+                          r["ratio"].value("block128_tensor_core", NAN) <= options.bound;
       r["within_bound"] = within;
       good = good && within;
       const std::string row = markdown_row(r);

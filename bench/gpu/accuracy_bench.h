@@ -3,8 +3,10 @@
 //   kernel error  against fp64 on what the FP8 cache and query stand for: what the kernel adds
 //   method error  against fp64 on the unquantised bf16 inputs: what a user of FP8 sees
 // Each as relative L2 over all heads. Beside the kernel (P blocks of 64 and 128 tokens) stand fp64
-// emulations: of its P (the kernel should be no worse than 1.05 times this), of P without a scale,
-// of PV in one accumulation chain, and of one scale per tensor with P unscaled.
+// emulations: of the scheme in exact arithmetic, of the scheme with scores and PV added up as the
+// tensor core does (no kernel on it can do better: this one should be no worse than 1.05 times
+// that), of P without a scale, of PV in one accumulation chain, and of one scale per tensor with P
+// unscaled.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +29,7 @@ struct AccuracyOptions {
   std::vector<std::int32_t> contexts = {1024, 8192, 32768, 131072};
   std::int64_t heads = 64;
   std::uint64_t seed = 1;
-  double bound = 1.05;         // on kernel error / emulation
+  double bound = 1.05;         // on kernel error / error of the scheme with the tensor core's sums
   std::string json, markdown;  // files; empty: not written
 };
 

@@ -70,8 +70,8 @@ void register_accuracy(CLI::App& bench, int& status) {
       ->type_name("N");
   command
       ->add_option("--bound", options->bound,
-                   with_default("Largest accepted ratio of the kernel's error to the\n"
-                                "emulation's",
+                   with_default("Largest accepted ratio of the kernel's error to that\n"
+                                "of the scheme with the tensor core's sums",
                                 options->bound))
       ->type_name("RATIO");
   command->add_option("--json", options->json, "Write the report to this file")->type_name("FILE");

@@ -67,6 +67,11 @@ __device__ double token_scale(const Request& p, std::int64_t j) {
   return static_cast<double>(reinterpret_cast<const float*>(plane)[j % kPage]);
 }
 
+__device__ double warp_sum(double x) {
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
 // x [rows, keys] in base 2. One warp per token and row.
 __global__ void score_kernel(Request p, Rows rows, std::int64_t keys, double* x) {
   const int lane = threadIdx.x % 32;
@@ -92,10 +97,49 @@ __global__ void score_kernel(Request p, Rows rows, std::int64_t keys, double* x)
            value_at(element(rope, p.cache.swizzled, p.cache.rope_row, token, d * krw),
                     p.cache.rope_element);
   }
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  sum = warp_sum(sum);
   if (lane != 0) return;
   const double q_scale = p.q_scale == nullptr ? 1.0 : static_cast<double>(p.q_scale[rows.q_row[r]]);
   x[r * keys + j] = sum * q_scale * token_scale(p, j) * p.scale_log2;
+}
+
+// score_kernel with the latent part as the tensor core adds it: e4m3 only. One warp per token and
+// row, a lane per product of a group.
+__global__ void tensor_core_score_kernel(Request p, Rows rows, std::int64_t keys, double* x) {
+  const int lane = threadIdx.x % 32;
+  const std::int64_t j = static_cast<std::int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  const int r = static_cast<int>(blockIdx.y);
+  if (j >= rows.keys[r]) return;
+  const std::int64_t page = p.table[j / kPage];
+  const int token = static_cast<int>(j % kPage);
+  const std::uint8_t* latent = p.cache.latent + page * p.cache.latent_page;
+  const std::uint8_t* rope = p.cache.rope + page * p.cache.rope_page;
+  const std::uint8_t* q = p.q_latent + rows.q_row[r] * p.q_latent_row;
+  const std::uint8_t* qr = p.q_rope + rows.q_row[r] * p.q_rope_row * 2;
+  float sum = 0;
+  for (int group = 0; group < kLatent / 32; ++group) {
+    constexpr int kChunks[4] = {0, 2, 1, 3};  // of 128 dimensions
+    const int d = kChunks[group / 4] * 128 + group % 4 * 32 + lane;
+    const auto product =
+        static_cast<float>(e4m3_value(q[d]) * e4m3_value(*element(latent, p.cache.swizzled,
+                                                                  p.cache.latent_row, token, d)));
+    float largest = fmaxf(fabsf(sum), fabsf(product));
+    for (int step = 16; step > 0; step /= 2)
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+    if (largest == 0.0f) continue;
+    const double unit = ldexp(1.0, ilogbf(largest) - 13);
+    sum = static_cast<float>((trunc(sum / unit) + warp_sum(trunc(product / unit))) * unit);
+  }
+  double roped = 0;
+  for (int d = lane; d < kRope; d += 32) {
+    roped +=
+        value_at(qr + d * 2, DType::kBF16) *
+        value_at(element(rope, p.cache.swizzled, p.cache.rope_row, token, d * 2), DType::kBF16);
+  }
+  roped = warp_sum(roped);
+  if (lane != 0) return;
+  x[r * keys + j] = (sum + roped) * static_cast<double>(p.q_scale[rows.q_row[r]]) *
+                    token_scale(p, j) * p.scale_log2;
 }
 
 template <class F>
@@ -208,11 +252,12 @@ __device__ float tensor_core_add(float accumulator, const float* products, int c
   return static_cast<float>(sum * step);
 }
 
-// x -> out [rows, 512] and lse through the tensor core's accumulation. One block of threads per
-// row; a thread owns two dimensions and walks along the tokens.
+// x -> out [rows, 512] and lse through the tensor core's accumulation, P in blocks of kBlock
+// tokens. One block of threads per row; a thread owns two dimensions and walks along the tokens.
+template <int kBlock>
 __global__ void tensor_core_kernel(Request p, Rows rows, std::int64_t keys, bool two_level,
                                    const double* x, double* out, double* lse) {
-  constexpr int kBlock = 64, kGroup = 32, kDims = kLatent / kThreads;
+  constexpr int kGroup = 32, kDims = kLatent / kThreads;
   __shared__ float code[kBlock];
   const int r = static_cast<int>(blockIdx.x);
   const double* row = x + r * keys;
@@ -307,13 +352,18 @@ ReferenceResult reference_attention(const ReferenceProblem& problem,
     const Rows device_rows{q_row.data(), keys.data(), count};
     const auto y = static_cast<unsigned>(count);
     constexpr int kTokensPerBlock = kThreads / 32, kSpan = 512;
-    score_kernel<<<dim3(static_cast<unsigned>((most + kTokensPerBlock - 1) / kTokensPerBlock), y),
-                   kThreads, 0, stream>>>(request, device_rows, most, x.data());
+    const bool whole =
+        emulation == PEmulation::kTensorCore64 || emulation == PEmulation::kTensorCore128;
+    const dim3 tokens(static_cast<unsigned>((most + kTokensPerBlock - 1) / kTokensPerBlock), y);
+    (whole ? tensor_core_score_kernel : score_kernel)<<<tokens, kThreads, 0, stream>>>(
+        request, device_rows, most, x.data());
     SNAPMLA_CUDA_CHECK(cudaGetLastError());
-    if (emulation == PEmulation::kOneLevel64 || emulation == PEmulation::kTwoLevel64) {
-      tensor_core_kernel<<<y, kThreads, 0, stream>>>(request, device_rows, most,
-                                                     emulation == PEmulation::kTwoLevel64, x.data(),
-                                                     out.data(), lse.data());
+    if (whole || emulation == PEmulation::kOneLevel64 || emulation == PEmulation::kTwoLevel64) {
+      (emulation == PEmulation::kTensorCore128
+           ? tensor_core_kernel<128>
+           : tensor_core_kernel<64>)<<<y, kThreads, 0, stream>>>(
+          request, device_rows, most, emulation != PEmulation::kOneLevel64, x.data(), out.data(),
+          lse.data());
     } else {
       weight_kernel<<<y, kThreads, 0, stream>>>(request, device_rows, most, emulation, x.data(),
                                                 lse.data());

@@ -90,10 +90,11 @@ __device__ void write(const DecodeParams& p, int request, int row, const Row& r,
 
 template <int kWarps>
 __device__ void combine_row(const DecodeParams& p, const DecodeMerge& of, int row) {
-  __shared__ float shared_o[kWarps > 1 ? kWarps : 1][512];
-  __shared__ float shared_weight[kWarps];
+  __shared__ float shared_o[kWarps > 1 ? kWarpsPerCta : 1][512];
+  __shared__ float shared_weight[kWarpsPerCta];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, share = warp % kWarps;
-  const int first = of.first_slot, count = of.splits;
+  const bool exists = row < p.rows;  // a row past the end merges nothing
+  const int first = of.first_slot, count = exists ? of.splits : 0;
   float maximum = -INFINITY;
   for (int split = lane; split < count; split += 32)
     maximum =
@@ -105,22 +106,33 @@ __device__ void combine_row(const DecodeParams& p, const DecodeMerge& of, int ro
     for (int k = 0; k < 16; ++k) shared_o[warp][k * 32 + lane] = r.o[k];
     if (lane == 0) shared_weight[warp] = r.weight;
     __syncthreads();
-    if (warp != 0) return;
-    for (int w = 1; w < kWarps; ++w) {
+    if (share != 0) return;
+    for (int w = warp + 1; w < warp + kWarps; ++w) {
       r.weight += shared_weight[w];
       for (int k = 0; k < 16; ++k) r.o[k] += shared_o[w][k * 32 + lane];
     }
   }
-  if (share == 0) write(p, of.request, row, r, maximum);
+  if (share == 0 && exists) write(p, of.request, row, r, maximum);
 }
 
-// Few requests: grid (rows, batch), a CTA per row.
+// Few requests: grid (rows / rows of a CTA, batch).
+template <int kWarps>
 __global__ void __launch_bounds__(kThreads)
     combine_few_kernel(const __grid_constant__ DecodeParams p) {
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
+  const auto warp = static_cast<int>(threadIdx.x >> 5);
+  const int row = static_cast<int>(blockIdx.x) * (kWarpsPerCta / kWarps) + warp / kWarps;
   if (static_cast<int>(blockIdx.y) < *p.plan.num_merges)
-    combine_row<kWarpsPerCta>(p, p.plan.merges[blockIdx.y], static_cast<int>(blockIdx.x));
+    combine_row<kWarps>(p, p.plan.merges[blockIdx.y], row);
+}
+
+template <int kWarps>
+void launch_few(const DecodeParams& p, cudaStream_t stream) {
+  constexpr int kRows = kWarpsPerCta / kWarps;
+  launch("combine", Ordering::kOverlap, combine_few_kernel<kWarps>,
+         dim3(static_cast<unsigned>((p.rows + kRows - 1) / kRows), static_cast<unsigned>(p.batch)),
+         dim3(kThreads), 0, stream, p);
 }
 
 // Many requests: grid (rows / 16, some), a warp per row, over the plan's list of requests that need
@@ -142,9 +154,11 @@ void launch_combine(const DecodeParams& p, cudaStream_t stream) {
   const auto requests = static_cast<unsigned>(p.batch);
   // Which warps add up a row decides the order.
   if (p.batch <= 8 && !p.deterministic) {
-    launch("combine", Ordering::kOverlap, combine_few_kernel,
-           dim3(static_cast<unsigned>(p.rows), requests), dim3(kThreads), 0, stream, p);
-    return;
+    // About so many splits has each of them, if they are alike.
+    const int splits = p.parts / p.batch;
+    return splits <= 6    ? launch_few<4>(p, stream)
+           : splits <= 12 ? launch_few<8>(p, stream)
+                          : launch_few<kWarpsPerCta>(p, stream);
   }
   const auto groups = static_cast<unsigned>((p.rows + kWarpsPerCta - 1) / kWarpsPerCta);
   launch("combine", Ordering::kOverlap, combine_many_kernel,
