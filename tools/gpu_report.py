@@ -91,8 +91,8 @@ def judge_sanitizer(folder, tools):
         ok = ok and part["ok"]
         result[tool] = part
     # What the tool says of correct programs: it does not follow one lane's arrival for its warp.
-    handover = {how: sanitizer_errors(path.read_text(errors="replace"))
-                for how in ("one", "all", "named", "arrive") if (path := folder / f"handover_{how}.log").exists()}
+    handover = {path.stem.removeprefix("handover_"): sanitizer_errors(path.read_text(errors="replace"))
+                for path in sorted(folder.glob("handover_*.log"))}
     return {"ok": ok, "tools": result, "racecheck_hazards_of_handover": handover}
 
 

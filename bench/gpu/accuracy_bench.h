@@ -5,8 +5,8 @@
 // Each as relative L2 over all heads. Beside the kernel (P blocks of 64 and 128 tokens) stand fp64
 // emulations: of the scheme in exact arithmetic, of the scheme with scores and PV added up as the
 // tensor core does (no kernel on it can do better: this one should be no worse than 1.05 times
-// that), of P without a scale, of PV in one accumulation chain, and of one scale per tensor with P
-// unscaled.
+// that, and its row sums), of P without a scale, of PV in one accumulation chain, and of one scale
+// per tensor with P unscaled.
 #pragma once
 
 #include <cstdint>

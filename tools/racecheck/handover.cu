@@ -7,6 +7,11 @@
 // arrives, is clean: the build for racecheck (SNAPMLA_CUDA_RACECHECK) does that. `handover named`
 // hands over through a named barrier of two of the CTA's three warps, `handover arrive` through one
 // at which the writer only arrives.
+//
+// `handover pair` and `handover seesaw` are the same with groups of four warps and several rounds,
+// as in the BF16 decode kernel: two groups exchange sums through a barrier that both await, and
+// take turns with one buffer, through barriers at which one side arrives and the other waits. In
+// both, whoever writes a word again has read it itself, or has met all of its readers since.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -49,6 +54,48 @@ __global__ void handover_named(int* out) {
   if (threadIdx.x >= 32) out[lane] = words[(lane * 7) & 31];
 }
 
+constexpr int kGroup = 128, kRounds = 4;
+
+// Words of round n lie in buffer n % 2: before round n + 2 writes there, all have met in n + 1.
+__global__ void handover_pair(int* out) {
+  __shared__ int words[2][2][kGroup];
+  const int group = static_cast<int>(threadIdx.x) / kGroup;
+  const int thread = static_cast<int>(threadIdx.x) % kGroup;
+  if (group == 2) return;
+  int sum = 0;
+  for (int round = 0; round < kRounds; ++round) {
+    words[round % 2][group][thread] = thread;
+    ptx::barrier_sync(1, 2 * kGroup);
+    sum += words[round % 2][1 - group][thread ^ 5];
+  }
+  if (group == 0 && thread < 32)
+    out[thread] = sum == kRounds * (thread ^ 5) ? 3 * (thread * 7 & 31) : -1;
+}
+
+// Thread t of a group reads what thread t of the other wrote, and writes there next.
+__global__ void handover_seesaw(int* out) {
+  __shared__ int words[kGroup];
+  const int group = static_cast<int>(threadIdx.x) / kGroup;
+  const int thread = static_cast<int>(threadIdx.x) % kGroup;
+  int value = 0;
+  if (group == 0) {
+    for (int round = 0; round < kRounds; ++round) {
+      words[thread] = value + 1;
+      ptx::barrier_arrive(1, 2 * kGroup);
+      ptx::barrier_sync(2, 2 * kGroup);
+      value = words[thread];
+    }
+    if (thread < 32) out[thread] = value == 2 * kRounds ? 3 * (thread * 7 & 31) : -1;
+  } else if (group == 1) {
+    for (int round = 0; round < kRounds; ++round) {
+      ptx::barrier_sync(1, 2 * kGroup);
+      value = words[thread];
+      words[thread] = value + 1;
+      ptx::barrier_arrive(2, 2 * kGroup);
+    }
+  }
+}
+
 int main(int argc, char** argv) {
   const char* how = argc == 2 ? argv[1] : "";
   int *out = nullptr, words[32];
@@ -61,8 +108,12 @@ int main(int argc, char** argv) {
     handover_named<false><<<1, 96>>>(out);
   } else if (std::strcmp(how, "arrive") == 0) {
     handover_named<true><<<1, 96>>>(out);
+  } else if (std::strcmp(how, "pair") == 0) {
+    handover_pair<<<1, 3 * kGroup>>>(out);
+  } else if (std::strcmp(how, "seesaw") == 0) {
+    handover_seesaw<<<1, 3 * kGroup>>>(out);
   } else {
-    std::fprintf(stderr, "usage: handover one|all|named|arrive\n");
+    std::fprintf(stderr, "usage: handover one|all|named|arrive|pair|seesaw\n");
     return 2;
   }
   const cudaError_t status = cudaMemcpy(words, out, sizeof words, cudaMemcpyDeviceToHost);
