@@ -6,6 +6,7 @@
 #include <string>
 
 #include "snapmla/kv_cache.h"
+#include "snapmla/kv_rounding.h"
 #include "snapmla/mla.h"
 
 namespace snapmla {
@@ -24,6 +25,7 @@ class Backend {
   std::string name() const;
 
   void quantize_q(const QuantizeQArgs& args);
+  void round_latents(const RoundLatentsArgs& args);
   void append_kv(const AppendKvArgs& args);
   void fetch_dequant(const FetchDequantArgs& args);
   void mla_decode(const MlaDecodeArgs& args);

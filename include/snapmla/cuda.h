@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "snapmla/kv_cache.h"
+#include "snapmla/kv_rounding.h"
 #include "snapmla/mla.h"
 #include "snapmla/tensor.h"
 
@@ -79,5 +80,9 @@ void quantize_q(const QuantizeQArgs& args, Stream stream, const RotaryFusion& ro
 void append_kv(const AppendKvArgs& args, Stream stream, const RotaryFusion& rotary = {},
                const NormFusion& norm = {});
 void fetch_dequant(const FetchDequantArgs& args, Stream stream);
+
+// Rounds new latents in place (kv_rounding.h), between the model's own RMSNorm and RoPE and
+// append_kv, which then is given neither. feedback: on the device, of make_latent_feedback.
+void round_latents(const RoundLatentsArgs& args, Stream stream);
 
 }  // namespace snapmla::cuda

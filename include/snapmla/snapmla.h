@@ -6,6 +6,7 @@
 #include "snapmla/engine.h"
 #include "snapmla/error.h"
 #include "snapmla/kv_cache.h"
+#include "snapmla/kv_rounding.h"
 #include "snapmla/mla.h"
 #include "snapmla/model_config.h"
 #include "snapmla/tensor.h"

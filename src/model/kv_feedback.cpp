@@ -17,17 +17,6 @@ std::vector<float> on_host(const TensorView& t, Memory& memory) {
   return host;
 }
 
-// Adds w w^T to the upper triangle, for each of `count` rows w of 512.
-void add_squares(std::vector<double>& gram, const float* rows, std::int64_t count) {
-  for (std::int64_t r = 0; r < count; ++r, rows += kN) {
-    for (std::int64_t i = 0; i < kN; ++i) {
-      const double factor = rows[i];
-      double* to = gram.data() + i * kN;
-      for (std::int64_t j = i; j < kN; ++j) to[j] += factor * rows[j];
-    }
-  }
-}
-
 }  // namespace
 
 KvFeedback::KvFeedback(const ModelConfig& config, const ModelWeights& weights, Memory& memory,
@@ -45,7 +34,7 @@ KvFeedback::KvFeedback(const ModelConfig& config, const ModelWeights& weights, M
       uv = on_host(w.w_uv, memory);
     }
     std::vector<double> gram(static_cast<std::size_t>(kN * kN));
-    add_squares(gram, uv.data(), heads * config.v_head_dim);
+    ops::add_squares(gram, uv.data(), heads * config.v_head_dim);
     // w_uk is [heads, 512, nope]: its rows stand in columns.
     std::vector<float> rows(static_cast<std::size_t>(nope * kN));
     for (std::int64_t h = 0; h < heads; ++h) {
@@ -53,13 +42,13 @@ KvFeedback::KvFeedback(const ModelConfig& config, const ModelWeights& weights, M
       for (std::int64_t d = 0; d < kN; ++d)
         for (std::int64_t n = 0; n < nope; ++n)
           rows[static_cast<std::size_t>(n * kN + d)] = from[d * nope + n];
-      add_squares(gram, rows.data(), nope);
+      ops::add_squares(gram, rows.data(), nope);
     }
     layers_[static_cast<std::size_t>(i)] =
         ops::make_latent_feedback(gram, ("kv_b_proj of layer " + std::to_string(i)).c_str());
   });
   if (memory.host_accessible()) return;
-  for (ops::LatentFeedback& f : layers_) {
+  for (LatentFeedback& f : layers_) {
     Buffer& buffer = device_.emplace_back(memory, kOrderBytes + kMatrixBytes);
     auto* bytes = static_cast<std::uint8_t*>(buffer.data());
     memory.upload(bytes, f.order.data(), kOrderBytes);
@@ -68,7 +57,7 @@ KvFeedback::KvFeedback(const ModelConfig& config, const ModelWeights& weights, M
   }
 }
 
-ops::FeedbackView KvFeedback::layer(std::int64_t i) const {
+FeedbackView KvFeedback::layer(std::int64_t i) const {
   const auto at = static_cast<std::size_t>(i);
   if (device_.empty()) return layers_[at].view();
   auto* bytes = static_cast<std::uint8_t*>(device_[at].data());

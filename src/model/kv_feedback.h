@@ -19,10 +19,10 @@ class KvFeedback {
   KvFeedback(const ModelConfig& config, const ModelWeights& weights, Memory& memory, int threads);
 
   // In `memory`.
-  ops::FeedbackView layer(std::int64_t i) const;
+  FeedbackView layer(std::int64_t i) const;
 
  private:
-  std::vector<ops::LatentFeedback> layers_;
+  std::vector<LatentFeedback> layers_;
   std::vector<Buffer> device_;  // order and matrix per layer, where the host's are out of reach
 };
 

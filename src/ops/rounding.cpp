@@ -68,7 +68,17 @@ void round_row(const std::int32_t* order, const float* matrix, ScaleMode mode, f
 
 }  // namespace
 
-LatentFeedback make_latent_feedback(std::vector<double>& gram, const char* what) {
+void add_squares(std::vector<double>& gram, const float* rows, std::int64_t count) {
+  for (std::int64_t r = 0; r < count; ++r, rows += kN) {
+    for (int i = 0; i < kN; ++i) {
+      const double factor = rows[i];
+      double* to = gram.data() + std::ptrdiff_t{i} * kN;
+      for (int j = i; j < kN; ++j) to[j] += factor * rows[j];
+    }
+  }
+}
+
+LatentFeedback make_latent_feedback(std::vector<double>& gram, const char* what, ErrorCode code) {
   const auto in = [&gram](int i, int j) {
     return gram[static_cast<std::size_t>(std::min(i, j)) * kN +
                 static_cast<std::size_t>(std::max(i, j))];
@@ -76,7 +86,7 @@ LatentFeedback make_latent_feedback(std::vector<double>& gram, const char* what)
   double mean = 0;
   for (int d = 0; d < kN; ++d) mean += in(d, d) / kN;
   if (!std::isfinite(mean)) {
-    throw Error(ErrorCode::kInvalidFile,
+    throw Error(code,
                 std::string(what) + ": got weights that are not finite, accepted are finite ones");
   }
   if (mean == 0) mean = 1;  // weights of zero: everything is equally good
@@ -95,8 +105,7 @@ LatentFeedback make_latent_feedback(std::vector<double>& gram, const char* what)
   gram.clear();
   if (!cholesky(c)) {
     throw Error(
-        ErrorCode::kInvalidFile,
-        std::string(what) + ": got weights too large to square, accepted are finite squares");
+        code, std::string(what) + ": got weights too large to square, accepted are finite squares");
   }
   // Rows of a block times the inverse of its own triangle: what is left to later blocks.
   f.matrix.assign(static_cast<std::size_t>(kN) * kN, 0.0f);
@@ -130,21 +139,47 @@ void round_latent_rows(const RoundLatentsArgs& a, float* latent, const float* ro
               a.scale_mode, latent + t * a.latent.stride(0), rope + t * a.rope.stride(0));
 }
 
-FeedbackView LatentFeedback::view() const {
-  return {TensorView::of(order.data(), {kN}), TensorView::of(matrix.data(), {kN, kN})};
-}
-
 void OpSet::round_latents(const RoundLatentsArgs& a) {
   round_latent_rows(a, a.latent.data<float>(), a.rope.data<float>(), 0, a.latent.dim(0));
 }
 
-void round_latents(OpSet& ops, const RoundLatentsArgs& a) {
+void check_args(const RoundLatentsArgs& a) {
   check_output("latent", a.latent, {kAny, kKvLoraRank}, {DType::kF32});
   check_tensor("rope", a.rope, {a.latent.dim(0), kQkRopeHeadDim}, {DType::kF32});
   check_no_overlap("latent", a.latent, "rope", a.rope);
   check_tensor("feedback order", a.feedback.order, {kKvLoraRank}, {DType::kI32});
   check_tensor("feedback matrix", a.feedback.matrix, {kKvLoraRank, kKvLoraRank}, {DType::kF32});
+  check_no_overlap("latent", a.latent, "feedback order", a.feedback.order);
+  check_no_overlap("latent", a.latent, "feedback matrix", a.feedback.matrix);
+  for (const auto& [name, t] : {std::pair{"feedback order", &a.feedback.order},
+                                std::pair{"feedback matrix", &a.feedback.matrix}}) {
+    if (t->stride(0) != (t->rank() == 1 ? 1 : kKvLoraRank))
+      refuse(name, str("rows ", t->stride(0), " elements apart"), "a contiguous tensor");
+  }
+}
+
+void round_latents(OpSet& ops, const RoundLatentsArgs& a) {
+  check_args(a);
   if (a.latent.dim(0) > 0) ops.round_latents(a);
 }
 
 }  // namespace snapmla::ops
+
+namespace snapmla {
+
+FeedbackView LatentFeedback::view() const {
+  return {TensorView::of(order.data(), {kKvLoraRank}),
+          TensorView::of(matrix.data(), {kKvLoraRank, kKvLoraRank})};
+}
+
+LatentFeedback make_latent_feedback(std::span<const float> rows) {
+  if (rows.empty() || rows.size() % kKvLoraRank != 0) {
+    throw Error(ErrorCode::kInvalidArgument,
+                str("rows: got ", rows.size(), " numbers, accepted are rows of ", kKvLoraRank));
+  }
+  std::vector<double> gram(std::size_t{kKvLoraRank} * kKvLoraRank);
+  ops::add_squares(gram, rows.data(), static_cast<std::int64_t>(rows.size()) / kKvLoraRank);
+  return ops::make_latent_feedback(gram, "rows", ErrorCode::kInvalidArgument);
+}
+
+}  // namespace snapmla

@@ -1,65 +1,29 @@
-// Rounding latents with the errors of others in mind, before append_kv stores them.
-//
-// Whoever reads a latent x does so through W = kv_b_proj: scores and values are linear in W x. To
-// nearest, every element is rounded alone. Here an element's rounding error is fed back into the
-// elements that are decided after it, so that W (x^ - x) becomes small instead of x^ - x: with
-// H = W^T W = C^T C (Cholesky), |W e|^2 = |C e|^2, and row by row from the last element to the
-// first each new term can be kept within half a step. This is what GPTQ (Frantar et al., arXiv
-// 2210.17323) does to weights and Babai's algorithm to lattices; blocks of 64 elements are decided
-// at once, which costs little of the gain and leaves products of matrices.
-//
-// The result is a row whose elements all are code * scale already, which append_kv stores without
-// changing a value (kAmax: with the same scale and codes; kPow2 may halve the one and double the
-// others), so pages and kernels are those of the format. Measured in
-// docs/design/0005-feedback-rounding.md.
+// How latents are rounded with feedback (snapmla/kv_rounding.h), on the host.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <vector>
 
-#include "snapmla/kv_cache.h"
-#include "snapmla/tensor.h"
+#include "snapmla/error.h"
+#include "snapmla/kv_rounding.h"
 
 namespace snapmla::ops {
 
 inline constexpr int kFeedbackBlock = 64;  // elements that are decided at once
 
-// One layer's matrices where a backend can read them.
-struct FeedbackView {
-  TensorView order;   // [512] i32
-  TensorView matrix;  // [512, 512] f32, contiguous
-};
-
-// One layer's, in the host's memory. Place k of the order holds element order[k]; places are
-// decided from the last block to the first.
-struct LatentFeedback {
-  std::array<std::int32_t, kKvLoraRank> order{};
-  // [512, 512]: row j, column i: what an error of 1 at place j subtracts from the target of place
-  // i, for i in an earlier block than j; not used elsewhere.
-  std::vector<float> matrix;
-  // Predicted |W e|^2 relative to nearest, from the weights alone, if every element's remaining
-  // error were alike: 1 means that feedback gains nothing.
-  double left = 1;
-
-  FeedbackView view() const;
-};
-
-struct RoundLatentsArgs {
-  TensorView latent;  // [num_tokens, 512] f32, rounded in place
-  TensorView rope;    // [num_tokens, 64] f32: has a part in the scale
-  FeedbackView feedback;
-  ScaleMode scale_mode = ScaleMode::kAmax;  // as append_kv will be given
-};
+// Adds w w^T to the upper triangle of gram, [512, 512], for each of `count` rows w of 512.
+void add_squares(std::vector<double>& gram, const float* rows, std::int64_t count);
 
 // From sum over rows w of W of w w^T, [512, 512] (upper triangle), which is used up: to it one
 // hundredth of its mean diagonal is added, places are in the order of its diagonal, the least
-// first. Throws kInvalidFile, naming `what`, when the sums are not finite.
-LatentFeedback make_latent_feedback(std::vector<double>& gram, const char* what);
+// first. Throws `code`, naming `what`, when the sums are not finite.
+LatentFeedback make_latent_feedback(std::vector<double>& gram, const char* what,
+                                    ErrorCode code = ErrorCode::kInvalidFile);
 
-// Rows [begin, end) of latent and rope at host addresses. A row that append_kv would make NaN, or
-// all zero, stays as it is.
+// Rows [begin, end) of latent and rope at host addresses.
 void round_latent_rows(const RoundLatentsArgs& args, float* latent, const float* rope,
                        std::int64_t begin, std::int64_t end);
+
+void check_args(const RoundLatentsArgs& args);
 
 }  // namespace snapmla::ops

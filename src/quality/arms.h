@@ -29,7 +29,7 @@ struct Arm {
   int num_splits = 0;             // 0: as the backend has it
   ops::StudyNumerics study = {};  // simulated only; its p_block is set from the above
   bool quantise_q = true;         // simulated only
-  bool feedback = false;          // latents are rounded with feedback (ops/rounding.h)
+  bool feedback = false;          // latents are rounded with feedback (snapmla/kv_rounding.h)
 };
 
 // The arms that `names` asks for, each once, in the order of the list of all; a1, which everything

@@ -55,7 +55,7 @@ class ArmOps final : public ops::OpSet {
   void quantize_q(const QuantizeQArgs& args) override { inner_.quantize_q(args); }
   void append_kv(const AppendKvArgs& args) override;
   void fetch_dequant(const FetchDequantArgs& args) override { inner_.fetch_dequant(args); }
-  void round_latents(const ops::RoundLatentsArgs& args) override { inner_.round_latents(args); }
+  void round_latents(const RoundLatentsArgs& args) override { inner_.round_latents(args); }
   void mla_decode(const MlaDecodeArgs& args) override;
   void mla_prefill(const ops::MlaPrefillArgs& args) override { inner_.mla_prefill(args); }
   void embed(const ops::EmbedArgs& args) override { inner_.embed(args); }

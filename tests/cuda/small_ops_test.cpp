@@ -59,8 +59,8 @@ TEST_F(CudaSmallOps, RoundLatentsGivesTheBitsOfTheHost) {
         gram[static_cast<std::size_t>(i * kKvLoraRank + j)] +=
             double{w[static_cast<std::size_t>(r * kKvLoraRank + i)]} *
             w[static_cast<std::size_t>(r * kKvLoraRank + j)];
-  const ops::LatentFeedback feedback = ops::make_latent_feedback(gram, "test");
-  const ops::FeedbackView on_device{
+  const LatentFeedback feedback = ops::make_latent_feedback(gram, "test");
+  const FeedbackView on_device{
       put(std::vector<std::int32_t>(feedback.order.begin(), feedback.order.end()), {kKvLoraRank}),
       put(feedback.matrix, {kKvLoraRank, kKvLoraRank})};
   for (const ScaleMode mode : {ScaleMode::kAmax, ScaleMode::kPow2}) {

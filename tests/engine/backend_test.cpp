@@ -1,10 +1,13 @@
 // Which backend runs: automatic, by environment, forced.
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <string>
+#include <vector>
 
 #include "engine/backend_factory.h"
+#include "snapmla/backend.h"
 #include "snapmla/cuda.h"
 #include "snapmla/error.h"
 
@@ -76,6 +79,29 @@ TEST_F(Backend, PublicCudaFunctionsRefuseWithoutAGpu) {
                         TensorView(codes, DType::kE4M3, {1, 1, 1, 512}),
                         TensorView::of(rope, {1, 1, 1, 64}), TensorView::of(&scale, {1, 1, 1})};
   refuses([&] { cuda::quantize_q(q, nullptr); });
+  const LatentFeedback feedback = make_latent_feedback(std::vector<float>(512, 1.0f));
+  refuses([&] {
+    cuda::round_latents(
+        {TensorView::of(x, {1, 512}), TensorView::of(x + 512, {1, 64}), feedback.view()}, nullptr);
+  });
+}
+
+// Rows that are rounded already stay as they are.
+TEST_F(Backend, RoundsLatents) {
+  std::vector<float> weights(64 * 512), x(3 * 512), rope(3 * 64, 1.0f);
+  for (std::size_t i = 0; i < weights.size(); ++i)
+    weights[i] = std::sin(0.7f * static_cast<float>(i % 9973));
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = std::cos(1.3f * static_cast<float>(i));
+  const LatentFeedback feedback = make_latent_feedback(weights);
+  const RoundLatentsArgs args{TensorView::of(x.data(), {3, 512}),
+                              TensorView::of(rope.data(), {3, 64}), feedback.view()};
+  const std::vector<float> before = x;
+  snapmla::Backend backend("cpu", 1);
+  backend.round_latents(args);
+  const std::vector<float> once = x;
+  EXPECT_NE(once, before);
+  backend.round_latents(args);
+  EXPECT_EQ(x, once);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <limits>
 #include <random>
+#include <span>
 #include <vector>
 
 #include "backends/cpu/cpu_backend.h"
@@ -196,6 +197,35 @@ TEST(RoundLatents, LeavesRowsAloneThatHaveNoScaleOfTheirOwn) {
   EXPECT_EQ(std::memcmp(rows.latent.data(), before.data(), before.size() * 4), 0);
 }
 
+// What an engine author calls: the same from the rows themselves.
+TEST(RoundLatents, MatricesFromRowsAreTheSame) {
+  const std::vector<float> w = weights(128, 21);
+  auto gram = gram_of(w);
+  const LatentFeedback f = make_latent_feedback(gram, "test");
+  const LatentFeedback from_rows = snapmla::make_latent_feedback(w);
+  EXPECT_EQ(f.order, from_rows.order);
+  EXPECT_EQ(f.matrix, from_rows.matrix);
+  EXPECT_EQ(f.left, from_rows.left);
+  Rows rows(9, 22), same = rows;
+  round_latents(*ref::make_ref_backend(), rows.args(f));
+  round_latents(*cpu::make_cpu_backend(2), same.args(from_rows));
+  EXPECT_EQ(rows.latent, same.latent);
+  const auto expect_refused = [](std::span<const float> bad, const char* message) {
+    try {
+      snapmla::make_latent_feedback(bad);
+      ADD_FAILURE() << "accepted";
+    } catch (const Error& e) {
+      EXPECT_EQ(e.code(), ErrorCode::kInvalidArgument);
+      EXPECT_STREQ(e.what(), message);
+    }
+  };
+  expect_refused({}, "rows: got 0 numbers, accepted are rows of 512");
+  expect_refused(std::span(w).first(513), "rows: got 513 numbers, accepted are rows of 512");
+  std::vector<float> bad = w;
+  bad[1000] = std::nanf("");
+  expect_refused(bad, "rows: got weights that are not finite, accepted are finite ones");
+}
+
 TEST(RoundLatents, RefusesWhatItCannotUse) {
   for (const double bad : {std::nan(""), HUGE_VAL}) {
     for (const int at : {0, 77 * kN + 77, 5 * kN + 300}) {
@@ -216,6 +246,8 @@ TEST(RoundLatents, RefusesWhatItCannotUse) {
   EXPECT_THROW(round_latents(*ref, a), Error);
   a.feedback = f.view();
   a.feedback.matrix = TensorView::of(f.matrix.data(), {kN / 2, kN});
+  EXPECT_THROW(round_latents(*ref, a), Error);
+  a.feedback.matrix = TensorView::of(f.matrix.data(), {kN, kN}).with_stride(0, kN + 1);
   EXPECT_THROW(round_latents(*ref, a), Error);
   round_latents(*ref, rows.args(f));
 }

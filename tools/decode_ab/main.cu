@@ -31,6 +31,7 @@ namespace snapmla::ops {
 void check_args(const FetchDequantArgs&) {}
 void check_args(const QuantizeQArgs&) {}
 void check_args(const AppendKvArgs&) {}
+void check_args(const RoundLatentsArgs&) {}
 }  // namespace snapmla::ops
 
 namespace {

@@ -13,7 +13,7 @@ class CpuBackend final : public ops::OpSet {
   void quantize_q(const QuantizeQArgs& args) override { cpu::quantize_q(pool_, args); }
   void append_kv(const AppendKvArgs& args) override { cpu::append_kv(pool_, args); }
   void fetch_dequant(const FetchDequantArgs& args) override { cpu::fetch_dequant(pool_, args); }
-  void round_latents(const ops::RoundLatentsArgs& a) override {
+  void round_latents(const RoundLatentsArgs& a) override {
     float* latent = a.latent.data<float>();
     const float* rope = a.rope.data<float>();
     pool_.parallel_for(a.latent.dim(0),

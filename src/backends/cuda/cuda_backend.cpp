@@ -48,7 +48,7 @@ class CudaBackend final : public ops::OpSet {
   void fetch_dequant(const FetchDequantArgs& args) override {
     cuda::fetch_dequant(args, stream_.get());
   }
-  void round_latents(const ops::RoundLatentsArgs& args) override {
+  void round_latents(const RoundLatentsArgs& args) override {
     cuda::round_latents(args, stream_.get());
   }
   void mla_decode(const MlaDecodeArgs& args) override;

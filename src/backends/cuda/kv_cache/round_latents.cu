@@ -1,4 +1,4 @@
-// round_latents: the rounding with feedback of ops/rounding.h, the same bits.
+// round_latents: the rounding with feedback of snapmla/kv_rounding.h, the same bits.
 //
 // A block of 512 threads holds kTokens tokens, thread i place i of their order. Eight times, from
 // the last 64 places to the first: the threads of these places decide, all earlier ones take the
@@ -9,7 +9,7 @@
 // PTXAS: no-spill
 #include "backends/cuda/kv_cache/views.h"
 #include "backends/cuda/launch.h"
-#include "backends/cuda/model/model_ops.h"
+#include "ops/rounding.h"
 
 namespace snapmla::cuda {
 namespace {
@@ -107,7 +107,8 @@ __global__ void __launch_bounds__(kN) round_kernel(const __grid_constant__ Round
 
 }  // namespace
 
-void round_latents(const ops::RoundLatentsArgs& a, Stream stream) {
+void round_latents(const RoundLatentsArgs& a, Stream stream) {
+  ops::check_args(a);
   require_device();
   const std::int64_t tokens = a.latent.dim(0);
   if (tokens == 0) return;
@@ -123,8 +124,8 @@ void round_latents(const ops::RoundLatentsArgs& a, Stream stream) {
     launch("round_latents", Ordering::kOverlap, kernel,
            dim3(blocks_for("round_latents", tokens, per_block)), dim3(kN), 0, stream, p);
   };
-  // PERF: one wave of blocks takes 14 us (cold) with a token each and 15 with two, the time that the
-  // matrix takes to arrive; a second wave with two takes 26, four a block at once 20.
+  // PERF: one wave of blocks takes 14 us (cold) with a token each and 15 with two, the time that
+  // the matrix takes to arrive; a second wave with two takes 26, four a block at once 20.
   if (tokens <= 64) {
     run(round_kernel<1>, 1);
   } else if (tokens <= 264) {

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "ops/op_set.h"
-#include "ops/rounding.h"
 #include "snapmla/cuda.h"
 #include "tensor/memory.h"
 
@@ -22,7 +21,6 @@ void copy_rows(const ops::CopyRowsArgs& args, Stream stream);
 void add(const TensorView& x, const TensorView& y, Stream stream);
 void moe_route(const ops::MoeRouteArgs& args, Stream stream);
 void mla_prefill(const ops::MlaPrefillArgs& args, Stream stream);
-void round_latents(const ops::RoundLatentsArgs& args, Stream stream);
 // F32 cache: the validation format, a plain kernel.
 void mla_decode_f32(const MlaDecodeArgs& args, Stream stream);
 

@@ -14,6 +14,7 @@ void append_kv(const AppendKvArgs&, Stream, const RotaryFusion&, const NormFusio
   not_built("append_kv");
 }
 void fetch_dequant(const FetchDequantArgs&, Stream) { not_built("fetch_dequant"); }
+void round_latents(const RoundLatentsArgs&, Stream) { not_built("round_latents"); }
 
 std::unique_ptr<ops::OpSet> make_cuda_backend() { not_built("the backend"); }
 
