@@ -109,6 +109,7 @@ CacheReport analyse(const InspectCacheFlags& flags) {
   for (std::int64_t i = 0; i < layers; ++i) {
     status.show("quantising: layer", i + 1, layers);
     report.layers.push_back(analysis::analyse_layer(probe.layer(i), *host, threads));
+    report.feedback_left.push_back(probe.feedback_left(i));
   }
   return report;
 }

@@ -29,6 +29,7 @@ struct CacheReport {
   std::int64_t sampled_positions = 0, sampled_heads = 0;
   analysis::SafetyRule rule;
   std::vector<analysis::LayerResult> layers;
+  std::vector<double> feedback_left;  // [layers]
 };
 
 // A text of several kinds (prose, code, a table to recall from, a ledger), for a run without one.

@@ -96,7 +96,8 @@ std::string cache_json(const CacheReport& report) {
          {"latent_errors",
           errors(analysis::kLatentSchemes, r.latent_errors, true, r.latent, report.rule)},
          {"rope_errors", errors(analysis::kRopeSchemes, r.rope_errors, false, r.rope, report.rule)},
-         {"layout_errors", by_layout}});
+         {"layout_errors", by_layout},
+         {"feedback_left", report.feedback_left[i]}});
   }
   Json whole = {
       {"model", report.model},

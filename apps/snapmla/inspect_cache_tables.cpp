@@ -174,6 +174,15 @@ std::string verdict(const CacheReport& report, const std::vector<PartError> Laye
   return text;
 }
 
+Table feedback(const CacheReport& report) {
+  Table t;
+  t.title = "Squared error that --kv-rounding feedback leaves, by the weights (1: nothing to gain)";
+  t.head = {"layer", "left"};
+  for (std::size_t i = 0; i < report.feedback_left.size(); ++i)
+    t.rows.push_back({std::to_string(i), print("%.2f", report.feedback_left[i])});
+  return t;
+}
+
 Table verdicts(const CacheReport& report) {
   Table t;
   t.title = "Safe to quantise? relative L2 at most " + percent(report.rule.relative_l2) +
@@ -240,6 +249,7 @@ std::string cache_tables(const CacheReport& report, bool markdown) {
   }
   add(layouts(report));
   add(verdicts(report));
+  add(feedback(report));
   text += "Scores and probabilities: " + std::to_string(report.sampled_positions) +
           " query positions x " + std::to_string(report.sampled_heads) +
           " heads, all keys each sees. Scales called tensor and channel are\n"

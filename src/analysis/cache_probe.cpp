@@ -9,6 +9,7 @@
 #include "kv_cache/paged_cache.h"
 #include "model/config.h"
 #include "model/forward.h"
+#include "model/kv_feedback.h"
 #include "model/safetensors.h"
 #include "model/weights.h"
 #include "ops/ops.h"
@@ -48,6 +49,7 @@ struct CacheProbe::Impl {
   std::vector<std::int64_t> positions, heads;
   std::vector<Sample> samples;  // [layers]
   std::vector<std::int64_t> value_positions;
+  std::vector<double> feedback_left;     // [layers]
   Buffer table, latent, rope, absorbed;  // in the backend's memory
 
   Impl(const CacheProbeOptions& options, std::span<const std::int32_t> ids);
@@ -74,6 +76,9 @@ CacheProbe::Impl::Impl(const CacheProbeOptions& options, std::span<const std::in
       value_positions(evenly_spaced(options.value_tokens, tokens)) {
   for (std::int64_t layer = 0; layer < config.num_hidden_layers; ++layer) take_values(layer);
   model::place_weights(weights, ops->memory());
+  const model::KvFeedback feedback(config, weights, ops->memory(), options.threads);
+  for (std::int64_t layer = 0; layer < config.num_hidden_layers; ++layer)
+    feedback_left.push_back(feedback.left(layer));
   run(options, ids);
 }
 
@@ -164,6 +169,10 @@ std::string CacheProbe::backend_name() const { return impl_->ops->name(); }
 std::int64_t CacheProbe::tokens() const { return impl_->tokens; }
 std::int64_t CacheProbe::sampled_positions() const { return std::ssize(impl_->positions); }
 std::int64_t CacheProbe::sampled_heads() const { return std::ssize(impl_->heads); }
+
+double CacheProbe::feedback_left(std::int64_t layer) const {
+  return impl_->feedback_left.at(sz(layer));
+}
 
 LayerSource CacheProbe::layer(std::int64_t layer) const {
   Impl& p = *impl_;

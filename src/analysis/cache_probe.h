@@ -44,6 +44,8 @@ class CacheProbe {
 
   // `layer` in [0, num_hidden_layers). The probe must outlive the source.
   LayerSource layer(std::int64_t layer) const;
+  // What rounding with feedback should leave of the layer's error (LatentFeedback::left).
+  double feedback_left(std::int64_t layer) const;
 
  private:
   struct Impl;

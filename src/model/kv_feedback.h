@@ -20,6 +20,8 @@ class KvFeedback {
 
   // In `memory`.
   FeedbackView layer(std::int64_t i) const;
+  // LatentFeedback::left.
+  double left(std::int64_t i) const { return layers_[static_cast<std::size_t>(i)].left; }
 
  private:
   std::vector<LatentFeedback> layers_;

@@ -40,11 +40,12 @@ TEST(InspectCache, WithoutATextHasOneOfItsOwn) {
   EXPECT_EQ(r.err, "");
   EXPECT_THAT(r.out, HasSubstr("Cache of snapmla-20m: 5 layers, 300 tokens of the built-in text "
                                "(which has 4401); rows in f32"));
-  // Magnitudes, spread of the scores, four tables of errors.
-  EXPECT_EQ(count(r.out, "\n4  "), 6u) << r.out;
+  // Magnitudes, spread of the scores, four tables of errors, feedback rounding.
+  EXPECT_EQ(count(r.out, "\n4  "), 7u) << r.out;
   EXPECT_THAT(r.out, ContainsRegex("snapmla +A2 +token +bf16/scale +2\\.[0-9]+ +0\\.1"));
   EXPECT_THAT(r.out, ContainsRegex("\ntoken +safe +no: attention in [1-5] of 5\n"));
   EXPECT_THAT(r.out, ContainsRegex("\nbf16/scale +- +safe\n"));
+  EXPECT_THAT(r.out, ContainsRegex("\n4 +0\\.[1-5][0-9]\n"));  // left by feedback rounding
   for (const std::string& line : lines(r.out)) EXPECT_LE(line.size(), 118u) << line;
 }
 
@@ -69,6 +70,9 @@ TEST(InspectCache, JsonHasEverything) {
     EXPECT_EQ(layer.at("latent_errors").size(), 9u);
     EXPECT_EQ(layer.at("rope_errors").size(), 9u);
     EXPECT_EQ(layer.at("layout_errors").size(), 6u);
+    // The shipped model's kv_b_proj has fewer strong directions than 512.
+    EXPECT_GT(layer.at("feedback_left").get<double>(), 0.1);
+    EXPECT_LT(layer.at("feedback_left").get<double>(), 0.6);
     // e4m3 costs 2 to 3% wherever its range suffices, bf16 a sixteenth of it.
     const auto& latent = layer["latent_errors"];
     EXPECT_NEAR(latent.at("token").at("relative_l2").get<double>(), 0.026, 0.002);
@@ -82,7 +86,7 @@ TEST(InspectCache, JsonHasEverything) {
 TEST(InspectCache, MarkdownTables) {
   const Result r = inspect_cache({"-p", "import numpy as np\n", "-o", "md", "--kv-cache", "bf16"});
   ASSERT_EQ(r.status, 0) << r.err;
-  EXPECT_EQ(count(r.out, "\n### "), 13u);
+  EXPECT_EQ(count(r.out, "\n### "), 14u);
   EXPECT_THAT(r.out, HasSubstr("rows in bf16"));
   // Rows that are bf16 already lose nothing by it.
   EXPECT_THAT(r.out, ContainsRegex("### RoPE part: relative L2 error, %\n\n[^\n]*\n[^\n]*\n"
