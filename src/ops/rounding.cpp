@@ -33,9 +33,10 @@ bool cholesky(std::vector<double>& h) {
   return true;
 }
 
-void round_row(const std::int32_t* order, const float* matrix, ScaleMode mode, float* latent,
-               const float* rope) {
-  float latent_amax = 0, rope_amax = 0;
+// The scale of a row; NaN where the row stays as it is.
+float scale_of_row(const float* latent, const float* rope, ScaleMode mode, float& latent_amax) {
+  float rope_amax = 0;
+  latent_amax = 0;
   bool finite = true;
   for (int d = 0; d < kN; ++d) {
     finite = finite && numeric::is_finite(latent[d]);
@@ -45,24 +46,34 @@ void round_row(const std::int32_t* order, const float* matrix, ScaleMode mode, f
     finite = finite && numeric::is_finite(rope[d]);
     rope_amax = std::max(rope_amax, std::fabs(rope[d]));
   }
-  if (!finite || latent_amax == 0) return;
-  const float scale = numeric::token_scale(latent_amax, rope_amax, true, mode);
-  float value[kN], target[kN], error[kFeedbackBlock];
-  for (int k = 0; k < kN; ++k) value[k] = target[k] = latent[order[k]] / scale;
+  if (latent_amax == 0) return numeric::quiet_nan();
+  return numeric::token_scale(latent_amax, rope_amax, finite, mode);
+}
+
+// Up to kFeedbackRows rows.
+void round_some(const RoundLatentsArgs& a, float* const* latent, const float* const* rope,
+                int count, SubtractErrors subtract) {
+  const auto* order = a.feedback.order.data<const std::int32_t>();
+  const auto* matrix = a.feedback.matrix.data<const float>();
+  float value[kFeedbackRows][kN], target[kFeedbackRows][kN];
+  float error[kFeedbackRows][kFeedbackBlock], scale[kFeedbackRows], amax[kFeedbackRows];
+  for (int t = 0; t < count; ++t) {
+    scale[t] = scale_of_row(latent[t], rope[t], a.scale_mode, amax[t]);
+    for (int k = 0; k < kN; ++k) value[t][k] = target[t][k] = latent[t][order[k]] / scale[t];
+  }
   for (int begin = kN - kFeedbackBlock; begin >= 0; begin -= kFeedbackBlock) {
-    for (int j = 0; j < kFeedbackBlock; ++j) {
-      const int place = begin + j;
-      float& element = latent[order[place]];
-      // The largest element decides the scale, so it is rounded by itself.
-      const float want = std::fabs(element) == latent_amax ? value[place] : target[place];
-      const float code = numeric::e4m3_to_float(numeric::e4m3_from_float(want));
-      error[j] = code - value[place];
-      element = code * scale;
+    for (int t = 0; t < count; ++t) {
+      for (int j = 0; j < kFeedbackBlock; ++j) {
+        const int place = begin + j;
+        float& element = latent[t][order[place]];
+        // The largest element decides the scale, so it is rounded by itself.
+        const float want = std::fabs(element) == amax[t] ? value[t][place] : target[t][place];
+        const float code = numeric::e4m3_to_float(numeric::e4m3_from_float(want));
+        error[t][j] = code - value[t][place];
+        if (!std::isnan(scale[t])) element = code * scale[t];
+      }
     }
-    for (int j = 0; j < kFeedbackBlock; ++j) {
-      const float* row = matrix + static_cast<std::ptrdiff_t>(begin + j) * kN;
-      for (int i = 0; i < begin; ++i) target[i] -= error[j] * row[i];
-    }
+    subtract(count, error[0], matrix + static_cast<std::ptrdiff_t>(begin) * kN, begin, target[0]);
   }
 }
 
@@ -132,16 +143,29 @@ LatentFeedback make_latent_feedback(std::vector<double>& gram, const char* what,
   return f;
 }
 
-void round_latent_rows(const RoundLatentsArgs& a, float* latent, const float* rope,
-                       std::int64_t begin, std::int64_t end) {
-  for (std::int64_t t = begin; t < end; ++t)
-    round_row(a.feedback.order.data<const std::int32_t>(), a.feedback.matrix.data<const float>(),
-              a.scale_mode, latent + t * a.latent.stride(0), rope + t * a.rope.stride(0));
+void subtract_errors(int count, const float* errors, const float* rows, int width, float* targets) {
+  for (int t = 0; t < count; ++t, errors += kFeedbackBlock, targets += kN) {
+    const float* row = rows;
+    for (int j = 0; j < kFeedbackBlock; ++j, row += kN)
+      for (int i = 0; i < width; ++i) targets[i] -= errors[j] * row[i];
+  }
 }
 
-void OpSet::round_latents(const RoundLatentsArgs& a) {
-  round_latent_rows(a, a.latent.data<float>(), a.rope.data<float>(), 0, a.latent.dim(0));
+void round_latent_rows(const RoundLatentsArgs& a, std::int64_t begin, std::int64_t end,
+                       SubtractErrors subtract) {
+  while (begin < end) {
+    float* latent[kFeedbackRows];
+    const float* rope[kFeedbackRows];
+    int count = 0;
+    for (; count < kFeedbackRows && begin < end; ++count, ++begin) {
+      latent[count] = a.latent.row<float>(begin);
+      rope[count] = a.rope.row<const float>(begin);
+    }
+    round_some(a, latent, rope, count, subtract);
+  }
 }
+
+void OpSet::round_latents(const RoundLatentsArgs& a) { round_latent_rows(a, 0, a.latent.dim(0)); }
 
 void check_args(const RoundLatentsArgs& a) {
   check_output("latent", a.latent, {kAny, kKvLoraRank}, {DType::kF32});

@@ -20,9 +20,17 @@ void add_squares(std::vector<double>& gram, const float* rows, std::int64_t coun
 LatentFeedback make_latent_feedback(std::vector<double>& gram, const char* what,
                                     ErrorCode code = ErrorCode::kInvalidFile);
 
-// Rows [begin, end) of latent and rope at host addresses.
-void round_latent_rows(const RoundLatentsArgs& args, float* latent, const float* rope,
-                       std::int64_t begin, std::int64_t end);
+inline constexpr int kFeedbackRows = 4;  // rows that share a reading of the matrix
+
+// targets[t][i] -= errors[t][j] * rows[j][i] for t < count, i < width, in the order of the 64 j,
+// product and difference rounded each. errors: [count, 64]; rows, targets: 512 apart.
+using SubtractErrors = void (*)(int count, const float* errors, const float* rows, int width,
+                                float* targets);
+void subtract_errors(int count, const float* errors, const float* rows, int width, float* targets);
+
+// Rows [begin, end) in the host's memory.
+void round_latent_rows(const RoundLatentsArgs& args, std::int64_t begin, std::int64_t end,
+                       SubtractErrors subtract = subtract_errors);
 
 void check_args(const RoundLatentsArgs& args);
 

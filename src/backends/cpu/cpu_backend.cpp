@@ -1,6 +1,9 @@
 #include "backends/cpu/cpu_backend.h"
 
+#include <algorithm>
+
 #include "backends/cpu/cpu_ops.h"
+#include "backends/cpu/quantize_kernels.h"
 #include "base/thread_pool.h"
 
 namespace snapmla::cpu {
@@ -14,10 +17,11 @@ class CpuBackend final : public ops::OpSet {
   void append_kv(const AppendKvArgs& args) override { cpu::append_kv(pool_, args); }
   void fetch_dequant(const FetchDequantArgs& args) override { cpu::fetch_dequant(pool_, args); }
   void round_latents(const RoundLatentsArgs& a) override {
-    float* latent = a.latent.data<float>();
-    const float* rope = a.rope.data<float>();
-    pool_.parallel_for(a.latent.dim(0),
-                       [&](std::int64_t t) { ops::round_latent_rows(a, latent, rope, t, t + 1); });
+    constexpr std::int64_t kRows = ops::kFeedbackRows;
+    const std::int64_t n = a.latent.dim(0);
+    pool_.parallel_for((n + kRows - 1) / kRows, [&](std::int64_t i) {
+      ops::round_latent_rows(a, i * kRows, std::min(n, (i + 1) * kRows), cpu::subtract_errors);
+    });
   }
   void mla_decode(const MlaDecodeArgs& args) override { cpu::mla_decode(pool_, args); }
   void mla_prefill(const ops::MlaPrefillArgs& args) override { cpu::mla_prefill(pool_, args); }

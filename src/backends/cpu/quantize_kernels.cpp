@@ -7,6 +7,7 @@
 
 #include "backends/cpu/simd-inl.h"
 #include "numeric/scale.h"
+#include "ops/rounding.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace snapmla::cpu {
@@ -111,6 +112,42 @@ void EncodeF32(const void* from, DType type, std::int64_t n, float* to) {
   });
 }
 
+// kCount rows at a time: what is read of the matrix serves all of them. No fused multiply-add: each
+// product is rounded, as everywhere.
+template <int kCount>
+HWY_INLINE void SubtractFor(const float* errors, const float* rows, int width, float* targets) {
+  const DF d;
+  const auto lanes = static_cast<std::ptrdiff_t>(LanesF());
+  const auto at = [&](int t, std::ptrdiff_t i) { return targets + t * kKvLoraRank + i; };
+  for (std::ptrdiff_t i = 0; i < width; i += 2 * lanes) {
+    VF low[kCount], high[kCount];
+    for (int t = 0; t < kCount; ++t) {
+      low[t] = hn::LoadU(d, at(t, i));
+      high[t] = hn::LoadU(d, at(t, i + lanes));
+    }
+    const float* row = rows + i;
+    for (int j = 0; j < ops::kFeedbackBlock; ++j, row += kKvLoraRank) {
+      const VF x = hn::LoadU(d, row), y = hn::LoadU(d, row + lanes);
+      for (int t = 0; t < kCount; ++t) {
+        const VF e = hn::Set(d, errors[t * ops::kFeedbackBlock + j]);
+        low[t] = hn::Sub(low[t], hn::Mul(e, x));
+        high[t] = hn::Sub(high[t], hn::Mul(e, y));
+      }
+    }
+    for (int t = 0; t < kCount; ++t) {
+      hn::StoreU(low[t], d, at(t, i));
+      hn::StoreU(high[t], d, at(t, i + lanes));
+    }
+  }
+}
+
+void SubtractErrors(int count, const float* errors, const float* rows, int width, float* targets) {
+  static_assert(ops::kFeedbackRows == 4);
+  if (count == 4) return SubtractFor<4>(errors, rows, width, targets);
+  for (int t = 0; t < count; ++t)
+    SubtractFor<1>(errors + t * ops::kFeedbackBlock, rows, width, targets + t * kKvLoraRank);
+}
+
 }  // namespace HWY_NAMESPACE
 }  // namespace snapmla::cpu
 HWY_AFTER_NAMESPACE();
@@ -122,6 +159,7 @@ HWY_EXPORT(RowScale);
 HWY_EXPORT(EncodeE4m3);
 HWY_EXPORT(EncodeBf16);
 HWY_EXPORT(EncodeF32);
+HWY_EXPORT(SubtractErrors);
 
 float row_scale(const void* latent, DType latent_type, const void* rope, DType rope_type,
                 ScaleMode mode) {
@@ -135,6 +173,9 @@ void encode_bf16(const void* from, DType type, std::int64_t n, float scale, BFlo
 }
 void encode_f32(const void* from, DType type, std::int64_t n, float* to) {
   HWY_DYNAMIC_DISPATCH(EncodeF32)(from, type, n, to);
+}
+void subtract_errors(int count, const float* errors, const float* rows, int width, float* targets) {
+  HWY_DYNAMIC_DISPATCH(SubtractErrors)(count, errors, rows, width, targets);
 }
 
 }  // namespace snapmla::cpu

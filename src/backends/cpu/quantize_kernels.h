@@ -17,4 +17,7 @@ void encode_bf16(const void* from, DType type, std::int64_t n, float scale, BFlo
 // The same without division.
 void encode_f32(const void* from, DType type, std::int64_t n, float* to);
 
+// ops::subtract_errors(), the same bits; width: a multiple of 64.
+void subtract_errors(int count, const float* errors, const float* rows, int width, float* targets);
+
 }  // namespace snapmla::cpu
