@@ -177,8 +177,8 @@ int run() {
   cudaStreamDestroy(stream);
   std::printf("%lld heads, two graph replays: largest relative error %.4f\n",
               static_cast<long long>(kBatch * kHeads), worst);
-  // e4m3 keys, queries and probabilities: a few percent on average, the worst of so many heads 0.1.
-  return worst < 0.2 ? 0 : 1;
+  // e4m3 keys, queries and probabilities: a few percent, the worst of these heads 10.
+  return worst < 0.13 ? 0 : 1;
 }
 
 }  // namespace

@@ -163,8 +163,11 @@ def main(arguments):
         return 0
     if what == "gtest":
         result = judge_gtest(load(rest[0]), int(rest[1]))
-        if len(rest) > 2:  # what the example of the installed library printed
-            result["example"] = pathlib.Path(rest[2]).read_text(errors="replace").strip()[-300:]
+        # The example of the installed library: its exit status (77: no GPU that it can use) and what it printed.
+        result["example"] = pathlib.Path(rest[3]).read_text(errors="replace").strip()[-300:]
+        if int(rest[2]) != 0:
+            result["ok"] = False
+            result.setdefault("why", f"the example ended with status {rest[2]}: {result['example']}")
     elif what == "bench":
         result = judge_bench(load(rest[0]), int(rest[1]))
     elif what == "sanitizer":

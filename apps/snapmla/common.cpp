@@ -80,8 +80,7 @@ void add_model_flags(CLI::App& app, ModelFlags& flags) {
       ->group("Model");
   app.add_option("--kv-rounding", flags.kv_rounding,
                  "How an fp8 cache rounds latents: nearest, or feedback,\n"
-                 "closer to bf16 for the same bytes; on the host also\n"
-                 "where --device is cuda (default: nearest)")
+                 "closer to bf16 for the same bytes (default: nearest)")
       ->type_name("WAY")
       ->check(one_of({"nearest", "feedback"}))
       ->group("Model");

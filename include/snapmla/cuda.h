@@ -82,7 +82,9 @@ void append_kv(const AppendKvArgs& args, Stream stream, const RotaryFusion& rota
 void fetch_dequant(const FetchDequantArgs& args, Stream stream);
 
 // Rounds new latents in place (kv_rounding.h), between the model's own RMSNorm and RoPE and
-// append_kv, which then is given neither. feedback: on the device, of make_latent_feedback.
+// append_kv, which then is given neither. feedback: on the device, of make_latent_feedback,
+// complete when this is called: it is read before earlier work in the stream has ended. Its order
+// must be a permutation of 0..511; the host cannot check that here.
 void round_latents(const RoundLatentsArgs& args, Stream stream);
 
 }  // namespace snapmla::cuda

@@ -20,8 +20,7 @@ struct EngineOptions {
   std::string backend = "auto";  // auto | cuda | cpu | ref (environment: SNAPMLA_BACKEND)
   KvCacheFormat kv_cache = KvCacheFormat::kFp8;
   ScaleMode scale_mode = ScaleMode::kAmax;
-  // kFeedback wants an FP8 cache; the rounding itself runs on the host, also on backend cuda, where
-  // it costs two copies of the new rows per layer and step.
+  // kFeedback wants an FP8 cache, and makes its matrices from kv_b_proj when the model is loaded.
   KvRounding kv_rounding = KvRounding::kNearest;
   DecodeNumerics numerics;
   std::int64_t max_model_len = 0;    // tokens per sequence; 0 = max_position_embeddings

@@ -50,7 +50,8 @@ struct LatentFeedback {
 LatentFeedback make_latent_feedback(std::span<const float> rows);
 
 // Round latents of new tokens in place, after RMSNorm and RoPE and before append_kv. Bitwise the
-// same on every backend. A row that append_kv would make NaN, or all zero, stays as it is.
+// same on every backend. A row that append_kv would make NaN, or all zero, stays as it is. Rows may
+// lie apart, but latent and rope must not be columns of one buffer.
 struct RoundLatentsArgs {
   TensorView latent;  // [num_tokens, 512] f32, rounded in place
   TensorView rope;    // [num_tokens, 64] f32: has a part in the scale

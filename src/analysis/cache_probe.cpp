@@ -1,6 +1,7 @@
 #include "analysis/cache_probe.h"
 
 #include <algorithm>
+#include <cmath>
 #include <filesystem>
 #include <vector>
 
@@ -76,9 +77,14 @@ CacheProbe::Impl::Impl(const CacheProbeOptions& options, std::span<const std::in
       value_positions(evenly_spaced(options.value_tokens, tokens)) {
   for (std::int64_t layer = 0; layer < config.num_hidden_layers; ++layer) take_values(layer);
   model::place_weights(weights, ops->memory());
-  const model::KvFeedback feedback(config, weights, ops->memory(), options.threads);
-  for (std::int64_t layer = 0; layer < config.num_hidden_layers; ++layer)
-    feedback_left.push_back(feedback.left(layer));
+  feedback_left.assign(sz(config.num_hidden_layers), std::nan(""));
+  try {
+    const model::KvFeedback feedback(config, weights, ops->memory(), options.threads);
+    for (std::int64_t layer = 0; layer < config.num_hidden_layers; ++layer)
+      feedback_left[sz(layer)] = feedback.left(layer);
+  } catch (const Error& e) {
+    if (e.code() != ErrorCode::kInvalidFile) throw;  // weights that are not finite: nothing to say
+  }
   run(options, ids);
 }
 

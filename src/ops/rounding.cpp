@@ -182,8 +182,25 @@ void check_args(const RoundLatentsArgs& a) {
   }
 }
 
+namespace {
+
+void check_order(const std::int32_t* order) {
+  std::array<bool, kKvLoraRank> seen{};
+  for (int k = 0; k < kKvLoraRank; ++k) {
+    const bool valid = order[k] >= 0 && order[k] < kKvLoraRank;
+    if (!valid || seen[static_cast<std::size_t>(order[k])]) {
+      refuse("feedback order", str(order[k], " at place ", k),
+             "a permutation of the numbers from 0 to 511");
+    }
+    seen[static_cast<std::size_t>(order[k])] = true;
+  }
+}
+
+}  // namespace
+
 void round_latents(OpSet& ops, const RoundLatentsArgs& a) {
   check_args(a);
+  if (ops.memory().host_accessible()) check_order(a.feedback.order.data<const std::int32_t>());
   if (a.latent.dim(0) > 0) ops.round_latents(a);
 }
 

@@ -249,6 +249,18 @@ TEST(RoundLatents, RefusesWhatItCannotUse) {
   EXPECT_THROW(round_latents(*ref, a), Error);
   a.feedback.matrix = TensorView::of(f.matrix.data(), {kN, kN}).with_stride(0, kN + 1);
   EXPECT_THROW(round_latents(*ref, a), Error);
+  a.feedback = f.view();
+  a.feedback.order = TensorView::of(f.order.data(), {kN - 1});
+  EXPECT_THROW(round_latents(*ref, a), Error);
+  for (const std::int32_t bad : {-1, kN, f.order[1]}) {  // outside, or twice
+    auto order = f.order;
+    order[0] = bad;
+    a.feedback.order = TensorView::of(order.data(), {kN});
+    EXPECT_THROW(round_latents(*ref, a), Error) << bad;
+  }
+  a = rows.args(f);
+  a.rope = TensorView::of(rows.latent.data() + 600, {2, 64});  // inside latent
+  EXPECT_THROW(round_latents(*ref, a), Error);
   round_latents(*ref, rows.args(f));
 }
 

@@ -17,7 +17,8 @@ void check(cudaError_t status, const char* what);
 void require_device();
 
 // kStreamOrder: the kernel starts when everything before it in the stream is done. kOverlap:
-// programmatic dependent launch; the kernel calls wait_for_previous() before it touches memory.
+// programmatic dependent launch; the kernel calls wait_for_previous() before it touches memory that
+// earlier work in the stream may write.
 enum class Ordering : std::uint8_t { kStreamOrder, kOverlap };
 
 template <class... Params, class... Args>
