@@ -10,7 +10,7 @@ is installed) and keeps the files that training left out: those whose path's SHA
 stands under a path that was trained on is dropped. The licences' texts go beside it, to text.licences.txt.
 
 --project: this project's own Python and Markdown files instead, which are small but need no download; no
-training saw them. That is the sample that ships with the model; it is frozen, figures refer to it.
+training saw them. That is the sample that ships with the model, frozen.
 """
 import argparse
 import hashlib
