@@ -177,8 +177,9 @@ int run() {
   cudaStreamDestroy(stream);
   std::printf("%lld heads, two graph replays: largest relative error %.4f\n",
               static_cast<long long>(kBatch * kHeads), worst);
-  // e4m3 keys, queries and probabilities: a few percent, the worst of these heads 10.
-  return worst < 0.13 ? 0 : 1;
+  // e4m3 keys, queries and probabilities: a few percent; the worst of these heads is 0.1016 off on
+  // the cpu backend too.
+  return worst < 0.105 ? 0 : 1;
 }
 
 }  // namespace

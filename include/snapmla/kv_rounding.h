@@ -27,7 +27,7 @@ namespace snapmla {
 // One layer's matrices where a backend can read them.
 struct FeedbackView {
   TensorView order;   // [512] i32
-  TensorView matrix;  // [512, 512] f32
+  TensorView matrix;  // [512, 512] f32, both contiguous
 };
 
 // One layer's, in the host's memory. Place k of the order holds element order[k]; places are

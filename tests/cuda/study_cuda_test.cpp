@@ -147,6 +147,7 @@ TEST_F(CudaEvaluation, FiguresAreThoseOfTheHost) {
       // The top token may be: 1 of 48 in both windows is beyond 99.5%.
       for (const auto& what : verdict["beyond"])
         EXPECT_TRUE(what.get<std::string>().starts_with("top1")) << arm << ": " << what;
+      EXPECT_GE(g["top1"]["value"].get<double>(), 0.95) << arm;
     }
     const double kl = w["kl"]["value"], kl_device = g["kl"]["value"];
     if (arm == "a1-split") {

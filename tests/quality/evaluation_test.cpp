@@ -83,6 +83,7 @@ TEST_F(Quality, TheSchemeIsFineAndPlantedFaultsAreCaught) {
   // Nothing but the top token, where 1 of 48 tokens in both windows is beyond 99.5%.
   for (const Json& what : row_of(report["verdicts"], "a2")["beyond"])
     EXPECT_THAT(what.get<std::string>(), testing::StartsWith("top1"));
+  EXPECT_GE(row_of(report["text"], "a2")["top1"]["value"].get<double>(), 0.95);
   // The simulation is the scheme.
   EXPECT_NEAR(kl("sim"), kl("a2"), 0.2 * kl("a2"));
   EXPECT_NEAR(kl("noise:0.001"), kl("a2"), 0.5 * kl("a2"));
