@@ -4,9 +4,9 @@
 //   method error  against fp64 on the unquantised bf16 inputs: what a user of FP8 sees
 // Each as relative L2 over all heads. Beside the kernel (P blocks of 64 and 128 tokens) stand fp64
 // emulations: of the scheme in exact arithmetic, of the scheme with scores and PV added up as the
-// tensor core does (no kernel on it can do better: this one may be off 1.05 times that, and what
-// its row sums cost), of P without a scale, of PV in one accumulation chain, and of one scale
-// per tensor with P unscaled.
+// tensor core does (no kernel on it can do better: this one should be no worse than 1.05 times
+// that), of P without a scale, of PV in one accumulation chain, and of one scale per tensor with P
+// unscaled.
 #pragma once
 
 #include <cstdint>
@@ -21,10 +21,6 @@ namespace snapmla::gpu {
 struct AccuracyCase {
   std::string name;
   ProblemData data;
-  // What the kernel may be off beside the scheme's own error, where that is small enough to show
-  // it: row sums are added up in f16 in pieces of eight tokens, beside a P of 448 to multiples of
-  // 1/4.
-  double sum_error = 0;
 };
 // The distributions, for a context of `tokens`.
 std::vector<AccuracyCase> accuracy_cases(std::uint64_t seed);

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <set>
+#include <stdexcept>
 #include <tuple>
 
 #include "device.h"
@@ -72,50 +73,9 @@ __device__ double warp_sum(double x) {
   return x;
 }
 
-// x [rows, keys] in base 2. One warp per token and row.
-__global__ void score_kernel(Request p, Rows rows, std::int64_t keys, double* x) {
-  const int lane = threadIdx.x % 32;
-  const std::int64_t j = static_cast<std::int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  const int r = static_cast<int>(blockIdx.y);
-  if (j >= rows.keys[r]) return;
-  const std::int64_t page = p.table[j / kPage];
-  const int token = static_cast<int>(j % kPage);
-  const std::uint8_t* latent = p.cache.latent + page * p.cache.latent_page;
-  const std::uint8_t* rope = p.cache.rope + page * p.cache.rope_page;
-  const int kw = width(p.cache.element), krw = width(p.cache.rope_element);
-  const int qw = width(p.q_element), qrw = width(p.q_rope_element);
-  const std::uint8_t* q = p.q_latent + rows.q_row[r] * p.q_latent_row * qw;
-  const std::uint8_t* qr = p.q_rope + rows.q_row[r] * p.q_rope_row * qrw;
-  double sum = 0;
-  for (int d = lane; d < kLatent; d += 32) {
-    sum += value_at(q + d * qw, p.q_element) *
-           value_at(element(latent, p.cache.swizzled, p.cache.latent_row, token, d * kw),
-                    p.cache.element);
-  }
-  for (int d = lane; d < kRope; d += 32) {
-    sum += value_at(qr + d * qrw, p.q_rope_element) *
-           value_at(element(rope, p.cache.swizzled, p.cache.rope_row, token, d * krw),
-                    p.cache.rope_element);
-  }
-  sum = warp_sum(sum);
-  if (lane != 0) return;
-  const double q_scale = p.q_scale == nullptr ? 1.0 : static_cast<double>(p.q_scale[rows.q_row[r]]);
-  x[r * keys + j] = sum * q_scale * token_scale(p, j) * p.scale_log2;
-}
-
-// score_kernel with the latent part as the tensor core adds it: e4m3 only. One warp per token and
-// row, a lane per product of a group.
-__global__ void tensor_core_score_kernel(Request p, Rows rows, std::int64_t keys, double* x) {
-  const int lane = threadIdx.x % 32;
-  const std::int64_t j = static_cast<std::int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  const int r = static_cast<int>(blockIdx.y);
-  if (j >= rows.keys[r]) return;
-  const std::int64_t page = p.table[j / kPage];
-  const int token = static_cast<int>(j % kPage);
-  const std::uint8_t* latent = p.cache.latent + page * p.cache.latent_page;
-  const std::uint8_t* rope = p.cache.rope + page * p.cache.rope_page;
-  const std::uint8_t* q = p.q_latent + rows.q_row[r] * p.q_latent_row;
-  const std::uint8_t* qr = p.q_rope + rows.q_row[r] * p.q_rope_row * 2;
+// The latent part of a score as the tensor core adds it, a lane per product of a group: e4m3 only.
+__device__ double tensor_core_score(const Request& p, const std::uint8_t* q,
+                                    const std::uint8_t* latent, int token, int lane) {
   float sum = 0;
   for (int group = 0; group < kLatent / 32; ++group) {
     constexpr int kChunks[4] = {0, 2, 1, 3};  // of 128 dimensions
@@ -130,16 +90,43 @@ __global__ void tensor_core_score_kernel(Request p, Rows rows, std::int64_t keys
     const double unit = ldexp(1.0, ilogbf(largest) - 13);
     sum = static_cast<float>((trunc(sum / unit) + warp_sum(trunc(product / unit))) * unit);
   }
-  double roped = 0;
+  return sum;
+}
+
+// x [rows, keys] in base 2. One warp per token and row.
+template <bool kTensorCore>
+__global__ void score_kernel(Request p, Rows rows, std::int64_t keys, double* x) {
+  const int lane = threadIdx.x % 32;
+  const std::int64_t j = static_cast<std::int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  const int r = static_cast<int>(blockIdx.y);
+  if (j >= rows.keys[r]) return;
+  const std::int64_t page = p.table[j / kPage];
+  const int token = static_cast<int>(j % kPage);
+  const std::uint8_t* latent = p.cache.latent + page * p.cache.latent_page;
+  const std::uint8_t* rope = p.cache.rope + page * p.cache.rope_page;
+  const int kw = width(p.cache.element), krw = width(p.cache.rope_element);
+  const int qw = width(p.q_element), qrw = width(p.q_rope_element);
+  const std::uint8_t* q = p.q_latent + rows.q_row[r] * p.q_latent_row * qw;
+  const std::uint8_t* qr = p.q_rope + rows.q_row[r] * p.q_rope_row * qrw;
+  double sum = 0;
   for (int d = lane; d < kRope; d += 32) {
-    roped +=
-        value_at(qr + d * 2, DType::kBF16) *
-        value_at(element(rope, p.cache.swizzled, p.cache.rope_row, token, d * 2), DType::kBF16);
+    sum += value_at(qr + d * qrw, p.q_rope_element) *
+           value_at(element(rope, p.cache.swizzled, p.cache.rope_row, token, d * krw),
+                    p.cache.rope_element);
   }
-  roped = warp_sum(roped);
+  if constexpr (kTensorCore) {
+    sum = warp_sum(sum) + tensor_core_score(p, q, latent, token, lane);
+  } else {
+    for (int d = lane; d < kLatent; d += 32) {
+      sum += value_at(q + d * qw, p.q_element) *
+             value_at(element(latent, p.cache.swizzled, p.cache.latent_row, token, d * kw),
+                      p.cache.element);
+    }
+    sum = warp_sum(sum);
+  }
   if (lane != 0) return;
-  x[r * keys + j] = (sum + roped) * static_cast<double>(p.q_scale[rows.q_row[r]]) *
-                    token_scale(p, j) * p.scale_log2;
+  const double q_scale = p.q_scale == nullptr ? 1.0 : static_cast<double>(p.q_scale[rows.q_row[r]]);
+  x[r * keys + j] = sum * q_scale * token_scale(p, j) * p.scale_log2;
 }
 
 template <class F>
@@ -314,6 +301,13 @@ __global__ void tensor_core_kernel(Request p, Rows rows, std::int64_t keys, bool
 ReferenceResult reference_attention(const ReferenceProblem& problem,
                                     const std::vector<ReferenceRow>& rows, cudaStream_t stream,
                                     PEmulation emulation) {
+  const bool whole =
+      emulation == PEmulation::kTensorCore64 || emulation == PEmulation::kTensorCore128;
+  if (whole && (problem.cache.element != DType::kE4M3 || problem.q_element != DType::kE4M3)) {
+    throw std::invalid_argument(
+        "emulation: got the tensor core's sums of a cache or query that is "
+        "not e4m3, accepted are e4m3 ones");
+  }
   ReferenceResult result;
   result.out.assign(rows.size() * kLatent, 0.0);
   result.lse.assign(rows.size(), 0.0);
@@ -352,10 +346,8 @@ ReferenceResult reference_attention(const ReferenceProblem& problem,
     const Rows device_rows{q_row.data(), keys.data(), count};
     const auto y = static_cast<unsigned>(count);
     constexpr int kTokensPerBlock = kThreads / 32, kSpan = 512;
-    const bool whole =
-        emulation == PEmulation::kTensorCore64 || emulation == PEmulation::kTensorCore128;
     const dim3 tokens(static_cast<unsigned>((most + kTokensPerBlock - 1) / kTokensPerBlock), y);
-    (whole ? tensor_core_score_kernel : score_kernel)<<<tokens, kThreads, 0, stream>>>(
+    (whole ? score_kernel<true> : score_kernel<false>)<<<tokens, kThreads, 0, stream>>>(
         request, device_rows, most, x.data());
     SNAPMLA_CUDA_CHECK(cudaGetLastError());
     if (whole || emulation == PEmulation::kOneLevel64 || emulation == PEmulation::kTwoLevel64) {
