@@ -30,7 +30,14 @@ struct AccuracyOptions {
   std::int64_t heads = 64;
   std::uint64_t seed = 1;
   double bound = 1.05;         // on kernel error / error of the scheme with the tensor core's sums
+  double arithmetic = 6e-3;    // on |kernel - scheme in exact arithmetic| / |scheme|
   std::string json, markdown;  // files; empty: not written
+  // Folder for the per-tensor control's inputs and exact results; empty: not written. Per case and
+  // context NAME-CONTEXT.in: int32 0x534d4c41, heads, 1, 1, context, 0, 0, 0; f32 softmax_scale,
+  // scale of q, scale of k, 0; e4m3 q [heads, 576]; e4m3 k [context, 576], latent before RoPE.
+  // .exact: f64 [heads, 512], attention on what those codes stand for. .inputs: the same on the
+  // bf16 data before quantisation.
+  std::string per_tensor_folder;
 };
 
 // Prints the table; returns whether every kernel error is within the bound.

@@ -74,6 +74,19 @@ void register_accuracy(CLI::App& bench, int& status) {
                                 "of the scheme with the tensor core's sums",
                                 options->bound))
       ->type_name("RATIO");
+  command
+      ->add_option("--arithmetic", options->arithmetic,
+                   with_default("Largest accepted distance, relative, between the kernel's output\n"
+                                "and that of the scheme in exact arithmetic",
+                                options->arithmetic))
+      ->type_name("DISTANCE");
+  command
+      ->add_option("--per-tensor", options->per_tensor_folder,
+                   "Also write each case, quantised with one scale per tensor, and its\n"
+                   "exact results to this folder, to measure other kernels on the same\n"
+                   "inputs (format: bench/gpu/accuracy_bench.h)")
+      ->type_name("DIR")
+      ->check(CLI::ExistingDirectory.description(""));
   command->add_option("--json", options->json, "Write the report to this file")->type_name("FILE");
   command->add_option("--markdown", options->markdown, "Write the table to this file")
       ->type_name("FILE");

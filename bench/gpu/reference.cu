@@ -1,6 +1,7 @@
 #include "reference.h"
 
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
 #include <algorithm>
@@ -239,13 +240,32 @@ __device__ float tensor_core_add(float accumulator, const float* products, int c
   return static_cast<float>(sum * step);
 }
 
+// sum_j code_j / s_j of a block, from f16 factors s_min / s_j and f16 sums of the eight tokens
+// 64 a + 8 n + i, n = 0..7, added up further without rounding.
+template <int kBlock>
+__device__ double rounded_row_sum(const float* code, const float* scale, int count) {
+  float smallest = scale[0];
+  for (int j = 1; j < count; ++j) smallest = fminf(smallest, scale[j]);
+  double sum = 0;
+  for (int a = 0; a < kBlock; a += 64) {
+    for (int i = 0; i < 8; ++i) {
+      __half part = __float2half_rn(0.0f);
+      for (int j = a + i; j < min(a + 64, count); j += 8)
+        part = __hfma(__float2half_rn(code[j]), __float2half_rn(smallest / scale[j]), part);
+      sum += static_cast<double>(__half2float(part));
+    }
+  }
+  return sum / static_cast<double>(smallest);
+}
+
 // x -> out [rows, 512] and lse through the tensor core's accumulation, P in blocks of kBlock
 // tokens. One block of threads per row; a thread owns two dimensions and walks along the tokens.
-template <int kBlock>
+// kWhole: l as the kernel sums it, too.
+template <int kBlock, bool kWhole>
 __global__ void tensor_core_kernel(Request p, Rows rows, std::int64_t keys, bool two_level,
                                    const double* x, double* out, double* lse) {
   constexpr int kGroup = 32, kDims = kLatent / kThreads;
-  __shared__ float code[kBlock];
+  __shared__ float code[kBlock], scale[kBlock];
   const int r = static_cast<int>(blockIdx.x);
   const double* row = x + r * keys;
   const std::int64_t n = rows.keys[r];
@@ -265,9 +285,16 @@ __global__ void tensor_core_kernel(Request p, Rows rows, std::int64_t keys, bool
     double share = 0;
     if (mine) {
       code[threadIdx.x] = static_cast<float>(round_e4m3(448.0 * exp2(y - m)));
+      scale[threadIdx.x] = static_cast<float>(s);
       share = sigma * code[threadIdx.x] / s;
     }
-    l += block_reduce(share, add);  // also publishes code[]
+    share = block_reduce(share, add);  // also publishes code[] and scale[]
+    if constexpr (kWhole) {
+      // One thread's work, and all wait for it in the next reduction.
+      if (threadIdx.x == 0) l += sigma * rounded_row_sum<kBlock>(code, scale, count);
+    } else {
+      l += share;
+    }
     for (int i = 0; i < kDims; ++i) {
       const int d = i * kThreads + static_cast<int>(threadIdx.x);
       float t = two_level || sigma == 0.0 ? 0.0f : static_cast<float>(sum[i] / sigma);
@@ -289,6 +316,7 @@ __global__ void tensor_core_kernel(Request p, Rows rows, std::int64_t keys, bool
     }
     __syncthreads();
   }
+  l = block_reduce(threadIdx.x == 0 ? l : 0.0, add);
   for (int i = 0; i < kDims; ++i) {
     out[static_cast<std::int64_t>(r) * kLatent + i * kThreads + threadIdx.x] =
         n == 0 ? 0.0 : sum[i] / l;
@@ -351,9 +379,10 @@ ReferenceResult reference_attention(const ReferenceProblem& problem,
         request, device_rows, most, x.data());
     SNAPMLA_CUDA_CHECK(cudaGetLastError());
     if (whole || emulation == PEmulation::kOneLevel64 || emulation == PEmulation::kTwoLevel64) {
-      (emulation == PEmulation::kTensorCore128
-           ? tensor_core_kernel<128>
-           : tensor_core_kernel<64>)<<<y, kThreads, 0, stream>>>(
+      (emulation == PEmulation::kTensorCore128 ? tensor_core_kernel<128, true>
+       : emulation == PEmulation::kTensorCore64
+           ? tensor_core_kernel<64, true>
+           : tensor_core_kernel<64, false>)<<<y, kThreads, 0, stream>>>(
           request, device_rows, most, emulation != PEmulation::kOneLevel64, x.data(), out.data(),
           lse.data());
     } else {

@@ -55,8 +55,10 @@ struct ReferenceRow {
 // kOneLevel64, kTwoLevel64: kBlock64 with PV summed as Hopper's tensor cores do (32 products and
 // the accumulator aligned to the largest, 14 bits kept, cut towards zero), in one chain over the
 // whole context or started anew in each block. kTensorCore64, kTensorCore128: PV as kTwoLevel64, in
-// blocks of 64 or 128, and the latent part of the scores added up by the tensor core too, one chain
-// of 16 groups of 32 in the order in which the FP8 kernel takes them: what the kernel computes.
+// blocks of 64 or 128, the latent part of the scores added up by the tensor core too, one chain of
+// 16 groups of 32 in the order in which the FP8 kernel takes them, and l from f16 sums of eight
+// products with f16 factors s_min / s_j, as the kernel for more than 32 rows forms it: what the
+// kernel computes.
 enum class PEmulation {
   kExact,
   kBlock64,

@@ -6,6 +6,8 @@
 
 #include "backends/ref/ref_backend.h"
 #include "cuda/cuda_test.h"
+#include "numeric/float_types.h"
+#include "numeric/tensor_core.h"
 
 namespace snapmla::test {
 namespace {
@@ -179,6 +181,116 @@ TEST_F(CudaSmallReference, EmulationEqualsTheSpecification) {
     const auto exact = gpu::reference_attention(reference, rows, nullptr);
     EXPECT_GT(errors_against(exact, rows, problem, host.out, host.lse).out, 2e-3)
         << "exact attention and the emulation cannot be told apart: this test shows nothing";
+  }
+}
+
+// One row of attention as the FP8 kernel adds it up, on the host: scores and PV in groups of 32
+// through numeric/tensor_core.h, l in f16 (_Float16, rounded once per step).
+std::vector<double> tensor_core_row(const HostCopy& host, const gpu::ProblemShape& s,
+                                    const gpu::ReferenceRow& r, std::int64_t row,
+                                    std::int64_t visible, int p_block) {
+  const auto scale = [&](std::int64_t j) {
+    const std::int64_t page =
+        host.table[static_cast<std::size_t>(r.batch * host.args.block_table.dim(1) + j / 64)];
+    return static_cast<double>(host.args.cache.scale_plane(page)[j % 64]);
+  };
+  const double q_scale = static_cast<double>(host.q_scale[static_cast<std::size_t>(row)]);
+  const auto code = [&](std::int64_t j, int d) { return host.key(s, r.batch, j, d) / scale(j); };
+  std::vector<double> y(static_cast<std::size_t>(visible));
+  double top = -INFINITY;
+  for (std::int64_t j = 0; j < visible; ++j) {
+    float chain = 0;
+    for (const int chunk : {0, 2, 1, 3}) {
+      for (int group = 0; group < 4; ++group) {
+        float products[32];
+        for (int i = 0; i < 32; ++i) {
+          const int d = chunk * 128 + group * 32 + i;
+          products[i] = static_cast<float>(host.query(s, row, d) / q_scale * code(j, d));
+        }
+        chain = numeric::tensor_core_add(chain, products);
+      }
+    }
+    double score = 0;
+    for (int d = 512; d < 576; ++d) score += host.query(s, row, d) / q_scale * code(j, d);
+    y[static_cast<std::size_t>(j)] = (score + static_cast<double>(chain)) * q_scale * scale(j) *
+                                         static_cast<double>(s.softmax_scale) *
+                                         1.44269504088896340736 +
+                                     std::log2(scale(j));
+    top = std::max(top, y[static_cast<std::size_t>(j)]);
+  }
+  std::vector<double> out(512, 0.0);
+  double l = 0;
+  for (std::int64_t begin = 0; begin < visible; begin += p_block) {
+    const std::int64_t end = std::min(visible, begin + p_block);
+    double m = -INFINITY, smallest = INFINITY;
+    for (std::int64_t j = begin; j < end; ++j) {
+      m = std::max(m, y[static_cast<std::size_t>(j)]);
+      smallest = std::min(smallest, scale(j));
+    }
+    const double sigma = std::exp2(m - top) / 448;
+    std::vector<double> p;
+    for (std::int64_t j = begin; j < end; ++j) {
+      const double exact = 448 * std::exp2(y[static_cast<std::size_t>(j)] - m);
+      p.push_back(e4m3_value(numeric::e4m3_from_float(static_cast<float>(exact)).bits));
+    }
+    for (int column = 0; column < p_block; ++column) {
+      if (column % 64 >= 8) continue;  // the first of eight tokens, eight apart
+      _Float16 sum = 0;
+      for (std::int64_t j = column; j < column / 64 * 64 + 64 && begin + j < end; j += 8) {
+        const auto ratio = static_cast<_Float16>(static_cast<float>(smallest) /
+                                                 static_cast<float>(scale(begin + j)));
+        sum = static_cast<_Float16>(p[static_cast<std::size_t>(j)] * static_cast<double>(ratio) +
+                                    static_cast<double>(sum));
+      }
+      l += sigma * static_cast<double>(sum) / smallest;
+    }
+    for (int d = 0; d < 512; ++d) {
+      float t = 0;
+      for (std::int64_t at = begin; at < end; at += 32) {
+        float products[32];
+        const auto count = static_cast<std::size_t>(std::min<std::int64_t>(32, end - at));
+        for (std::size_t i = 0; i < count; ++i) {
+          const std::int64_t j = at + static_cast<std::int64_t>(i);
+          products[i] = static_cast<float>(p[static_cast<std::size_t>(j - begin)] * code(j, d));
+        }
+        t = numeric::tensor_core_add(t, std::span(products, count));
+      }
+      out[static_cast<std::size_t>(d)] += sigma * static_cast<double>(t);
+    }
+  }
+  for (double& x : out) x = visible == 0 ? 0.0 : x / l;
+  return out;
+}
+
+TEST_F(CudaSmallReference, TensorCoreEmulationEqualsAPlainHostLoop) {
+  for (const int p_block : {64, 128}) {
+    const gpu::ProblemShape s = small_shape(KvCacheFormat::kFp8, PageImage::kSwizzled128);
+    gpu::Problem problem(s, uneven_data(24));
+    const auto reference = problem.reference();
+    const auto rows = gpu::all_rows(reference);
+    const auto got = gpu::reference_attention(
+        reference, rows, nullptr,
+        p_block == 64 ? gpu::PEmulation::kTensorCore64 : gpu::PEmulation::kTensorCore128);
+    const auto scheme = gpu::reference_attention(
+        reference, rows, nullptr,
+        p_block == 64 ? gpu::PEmulation::kBlock64 : gpu::PEmulation::kBlock128);
+    const HostCopy host(problem);
+    double difference = 0, from_scheme = 0, size = 0;
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      const auto& r = rows[i];
+      const std::int64_t length = s.lengths[static_cast<std::size_t>(r.batch)];
+      const auto want =
+          tensor_core_row(host, s, r, (r.batch * s.seqlen_q + r.token) * s.heads + r.head,
+                          std::max<std::int64_t>(0, length - s.seqlen_q + r.token + 1), p_block);
+      for (std::size_t d = 0; d < 512; ++d) {
+        const double mine = got.out[i * 512 + d];
+        difference += (mine - want[d]) * (mine - want[d]);
+        from_scheme += (mine - scheme.out[i * 512 + d]) * (mine - scheme.out[i * 512 + d]);
+        size += want[d] * want[d];
+      }
+    }
+    EXPECT_LE(std::sqrt(difference / size), 1e-6) << "block " << p_block;
+    EXPECT_GE(std::sqrt(from_scheme / size), 1e-5) << "nothing is cut off: this test shows nothing";
   }
 }
 
