@@ -8,15 +8,8 @@ __device__ __forceinline__ void barrier_sync(int barrier, int threads) {
   asm volatile("barrier.cta.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// Does not wait. compute-sanitizer's racecheck loses track of words that change hands more than
-// once through barriers at which one side only arrives (tools/racecheck/handover.cu, `seesaw`); in
-// the build for it both sides wait.
 __device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
-#if defined(SNAPMLA_CUDA_RACECHECK)
-  barrier_sync(barrier, threads);
-#else
   asm volatile("barrier.cta.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-#endif
 }
 
 // All warps of the warpgroup execute it; kRegisters is a multiple of 8 in 24..256.
