@@ -26,4 +26,35 @@ expect "the example saw no GPU" 1 'the example ended with status 77' "$work/pass
 expect "the suite failed" 1 '0 tests failed, exit status 1' "$work/passed.json" 1 0
 expect "nothing ran" 1 'every test was skipped' "$work/skipped.json" 0 0
 expect "no report" 1 'no report was written' "$work/missing.json" 124 0
+
+# The sanitizer stage: hazards in the BF16 kernel's hand-overs count as racecheck's own only where it
+# reports the same of a program without a race.
+hazard() { # hazard NAMESPACE FUNCTION FUNCTION
+  printf '========= Error: Race reported between Write access at void snapmla::cuda::%s::%s<(int)1>(int *)+0x10 in a.h:1\n' "$1" "$2"
+  printf '=========     and Read access at snapmla::cuda::%s::%s(int *)+0x20 in a.h:2 [4 hazards]\n========= \n' "$1" "$3"
+}
+sanitized() { # sanitized WHAT STATUS TEXT EXIT_STATUS SEESAW HAZARD...
+  local what=$1 want=$2 text=$3 exit_status=$4 seesaw=$5 status=0 said
+  shift 5
+  local folder="$work/sanitizer"
+  rm -rf "$folder" && mkdir "$folder"
+  cp "$work/passed.json" "$folder/racecheck.json"
+  echo "$exit_status" >"$folder/racecheck.status"
+  { for one in "$@"; do hazard $one; done
+    echo "========= RACECHECK SUMMARY: $# hazards displayed ($# errors, 0 warnings)"; } >"$folder/racecheck.log"
+  echo "========= RACECHECK SUMMARY: $seesaw hazards displayed" >"$folder/handover_seesaw.log"
+  echo "========= RACECHECK SUMMARY: 0 hazards displayed" >"$folder/handover_apart.log"
+  said=$(python3 "$repository/tools/gpu_report.py" sanitizer "$folder" racecheck 2>&1) || status=$?
+  if [ "$status" -ne "$want" ] || [[ "$said" != *"$text"* ]]; then
+    echo "$what: got status $status and: $said" >&2
+    failures=$((failures + 1))
+  fi
+}
+sanitized "no hazard" 0 '"errors": 0' 0 4
+sanitized "a hand-over" 0 '"explained_by_handover": 2' 99 4 "bf16_decode publish_p adopt_p" "bf16_decode adopt_p publish_p"
+sanitized "a hand-over that racecheck follows elsewhere" 1 '"errors": 1' 99 0 "bf16_decode publish_p adopt_p"
+sanitized "another pattern, which it follows" 1 '"errors": 1' 99 4 "bf16_decode store_item store_item"
+sanitized "another kernel" 1 '"errors": 1' 99 4 "fp8_decode publish_p adopt_p"
+sanitized "another function" 1 '"errors": 1' 99 4 "bf16_decode publish_p adopt_p" "bf16_decode publish_p clear_tail"
+sanitized "hazards and a crash" 1 'exit status 134' 134 4 "bf16_decode publish_p adopt_p"
 [ "$failures" -eq 0 ] && echo "gpu_report: all as expected"

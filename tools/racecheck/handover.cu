@@ -12,6 +12,7 @@
 // as in the BF16 decode kernel: two groups exchange sums through a barrier that both await, and
 // take turns with one buffer, through barriers at which one side arrives and the other waits. In
 // both, whoever writes a word again has read it itself, or has met all of its readers since.
+// `handover apart` is `pair` with a barrier instruction of its own for each group.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -72,6 +73,28 @@ __global__ void handover_pair(int* out) {
     out[thread] = sum == kRounds * (thread ^ 5) ? 3 * (thread * 7 & 31) : -1;
 }
 
+template <int kOwn>
+__device__ int handover_side(int (&words)[2][2][kGroup], int thread) {
+  int sum = 0;
+  for (int round = 0; round < kRounds; ++round) {
+    words[round % 2][kOwn][thread] = thread;
+    ptx::barrier_sync(1, 2 * kGroup);
+    sum += words[round % 2][1 - kOwn][thread ^ 5];
+  }
+  return sum;
+}
+
+__global__ void handover_apart(int* out) {
+  __shared__ int words[2][2][kGroup];
+  const int thread = static_cast<int>(threadIdx.x) % kGroup;
+  if (threadIdx.x < kGroup) {
+    const int sum = handover_side<0>(words, thread);
+    if (thread < 32) out[thread] = sum == kRounds * (thread ^ 5) ? 3 * (thread * 7 & 31) : -1;
+  } else if (threadIdx.x < 2 * kGroup) {
+    if (handover_side<1>(words, thread) != kRounds * (thread ^ 5)) out[0] = -2;
+  }
+}
+
 // Thread t of a group reads what thread t of the other wrote, and writes there next.
 __global__ void handover_seesaw(int* out) {
   __shared__ int words[kGroup];
@@ -110,10 +133,12 @@ int main(int argc, char** argv) {
     handover_named<true><<<1, 96>>>(out);
   } else if (std::strcmp(how, "pair") == 0) {
     handover_pair<<<1, 3 * kGroup>>>(out);
+  } else if (std::strcmp(how, "apart") == 0) {
+    handover_apart<<<1, 3 * kGroup>>>(out);
   } else if (std::strcmp(how, "seesaw") == 0) {
     handover_seesaw<<<1, 3 * kGroup>>>(out);
   } else {
-    std::fprintf(stderr, "usage: handover one|all|named|arrive|pair|seesaw\n");
+    std::fprintf(stderr, "usage: handover one|all|named|arrive|pair|apart|seesaw\n");
     return 2;
   }
   const cudaError_t status = cudaMemcpy(words, out, sizeof words, cudaMemcpyDeviceToHost);
