@@ -77,7 +77,7 @@ def sanitizer_errors(log):
 # Where racecheck loses track: shared memory that changes hands several times through named barriers
 # which each side awaits or announces with an instruction of its own. tools/racecheck/handover.cu has
 # these patterns and no race; a hazard counts as the tool's only where it reports them as well.
-HAND_OVERS = {("publish_p", "adopt_p"): "seesaw", ("store_item", "store_item"): "apart"}
+HAND_OVERS = {("publish_p", "adopt_p"): "seesaw", ("store_item", "store_item"): "items"}
 
 
 def explained_hazards(log, handover):

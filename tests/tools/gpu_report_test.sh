@@ -43,7 +43,7 @@ sanitized() { # sanitized WHAT STATUS TEXT EXIT_STATUS SEESAW HAZARD...
   { for one in "$@"; do hazard $one; done
     echo "========= RACECHECK SUMMARY: $# hazards displayed ($# errors, 0 warnings)"; } >"$folder/racecheck.log"
   echo "========= RACECHECK SUMMARY: $seesaw hazards displayed" >"$folder/handover_seesaw.log"
-  echo "========= RACECHECK SUMMARY: 0 hazards displayed" >"$folder/handover_apart.log"
+  echo "========= RACECHECK SUMMARY: 0 hazards displayed" >"$folder/handover_items.log"
   said=$(python3 "$repository/tools/gpu_report.py" sanitizer "$folder" racecheck 2>&1) || status=$?
   if [ "$status" -ne "$want" ] || [[ "$said" != *"$text"* ]]; then
     echo "$what: got status $status and: $said" >&2

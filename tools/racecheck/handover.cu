@@ -12,7 +12,8 @@
 // as in the BF16 decode kernel: two groups exchange sums through a barrier that both await, and
 // take turns with one buffer, through barriers at which one side arrives and the other waits. In
 // both, whoever writes a word again has read it itself, or has met all of its readers since.
-// `handover apart` is `pair` with a barrier instruction of its own for each group.
+// `handover items` is `pair` after exchanges through three other barriers, each group with barrier
+// instructions of its own, as at the end of an item.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -73,25 +74,39 @@ __global__ void handover_pair(int* out) {
     out[thread] = sum == kRounds * (thread ^ 5) ? 3 * (thread * 7 & 31) : -1;
 }
 
+// What one group does: it announces and awaits through three barriers, several times, and then both
+// exchange sums, in buffers that alternate, through a fourth that both await.
 template <int kOwn>
-__device__ int handover_side(int (&words)[2][2][kGroup], int thread) {
+__device__ int handover_side(int (&sums)[2][2][kGroup], int thread) {
   int sum = 0;
+#pragma unroll 1
   for (int round = 0; round < kRounds; ++round) {
-    words[round % 2][kOwn][thread] = thread;
-    ptx::barrier_sync(1, 2 * kGroup);
-    sum += words[round % 2][1 - kOwn][thread ^ 5];
+#pragma unroll 1
+    for (int page = 0; page < 3; ++page) {
+#pragma unroll
+      for (int barrier = 1; barrier <= 3; ++barrier) {
+        if ((barrier % 2 == 1) == (kOwn == 0)) {
+          ptx::barrier_arrive(barrier, 2 * kGroup);
+        } else {
+          ptx::barrier_sync(barrier, 2 * kGroup);
+        }
+      }
+    }
+    if (thread % 4 == 0) sums[round % 2][kOwn][thread] = thread;
+    ptx::barrier_sync(4, 2 * kGroup);
+    sum += sums[round % 2][1 - kOwn][thread / 4 * 4];
   }
   return sum;
 }
 
-__global__ void handover_apart(int* out) {
-  __shared__ int words[2][2][kGroup];
+__global__ void handover_items(int* out) {
+  __shared__ int sums[2][2][kGroup];
   const int thread = static_cast<int>(threadIdx.x) % kGroup;
   if (threadIdx.x < kGroup) {
-    const int sum = handover_side<0>(words, thread);
-    if (thread < 32) out[thread] = sum == kRounds * (thread ^ 5) ? 3 * (thread * 7 & 31) : -1;
+    const int sum = handover_side<0>(sums, thread);
+    if (thread < 32) out[thread] = sum == kRounds * (thread / 4 * 4) ? 3 * (thread * 7 & 31) : -1;
   } else if (threadIdx.x < 2 * kGroup) {
-    if (handover_side<1>(words, thread) != kRounds * (thread ^ 5)) out[0] = -2;
+    if (handover_side<1>(sums, thread) != kRounds * (thread / 4 * 4)) out[0] = -2;
   }
 }
 
@@ -133,12 +148,12 @@ int main(int argc, char** argv) {
     handover_named<true><<<1, 96>>>(out);
   } else if (std::strcmp(how, "pair") == 0) {
     handover_pair<<<1, 3 * kGroup>>>(out);
-  } else if (std::strcmp(how, "apart") == 0) {
-    handover_apart<<<1, 3 * kGroup>>>(out);
+  } else if (std::strcmp(how, "items") == 0) {
+    handover_items<<<1, 3 * kGroup>>>(out);
   } else if (std::strcmp(how, "seesaw") == 0) {
     handover_seesaw<<<1, 3 * kGroup>>>(out);
   } else {
-    std::fprintf(stderr, "usage: handover one|all|named|arrive|pair|apart|seesaw\n");
+    std::fprintf(stderr, "usage: handover one|all|named|arrive|pair|items|seesaw\n");
     return 2;
   }
   const cudaError_t status = cudaMemcpy(words, out, sizeof words, cudaMemcpyDeviceToHost);
