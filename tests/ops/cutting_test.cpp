@@ -134,7 +134,7 @@ TEST(Cutting, OnePieceAPartSpreadsThem) {
   }
 }
 
-// The choices that the sweeps of variants 26 and 37 found best.
+// The choices that the sweeps of variant 26 found best.
 TEST(Cutting, OnePieceAPartLeavesSmsFreeWhereThatIsFaster) {
   const auto best = [](int rows, int requests, int tiles) {
     const int parts = rows > 64 ? 66 : 132;
@@ -149,12 +149,9 @@ TEST(Cutting, OnePieceAPartLeavesSmsFreeWhereThatIsFaster) {
     }
     return best.second;
   };
-  EXPECT_EQ(best(128, 1, 64), 2);  // 1 x 8,192: 32 pairs of SMs instead of 64
-  EXPECT_EQ(best(128, 1, 5), 1);   // 1 x 640
-  EXPECT_EQ(best(128, 8, 5), 1);   // 8 x 640
-  EXPECT_EQ(best(128, 16, 5), 2);  // 16 x 640
-  EXPECT_GE(best(128, 24, 5), 5);  // 24 x 640: whole
-  EXPECT_GE(best(128, 32, 5), 5);
+  EXPECT_EQ(best(128, 1, 64), 2);     // 1 x 8,192: 32 pairs of SMs instead of 64
+  EXPECT_EQ(best(128, 1, 5), 1);      // 1 x 640
+  EXPECT_EQ(best(128, 16, 5), 2);     // 16 x 640
   EXPECT_EQ(best(128, 1, 1024), 16);  // 1 x 131,072
   EXPECT_EQ(best(64, 1, 64), 1);
   EXPECT_EQ(best(16, 4, 64), 2);

@@ -89,17 +89,15 @@ SNAPMLA_HD Piece piece_at(int parts, const Cutting& how, const Pieces& pieces, i
 
 // What one piece a part costs, in hundredths of a microsecond: a tile, a split in combine, and,
 // from 33 rows on, all SMs at work at once: with half of them, of each pair of SMs one, a tile's
-// keys arrive sooner. Then there are the partial results, which all parts write at the same time:
-// many requests of a few tiles take longer cut in two than whole. From sweeps on an H200
-// (docs/notes/fp8-decode-hopper.md, variants 26 and 37).
+// keys arrive sooner. From sweeps on an H200 (docs/notes/fp8-decode-hopper.md, variant 26).
 struct OneEachCosts {
-  int tile, split, crowd, partial;
+  int tile, split, crowd;
 };
 
 SNAPMLA_HD OneEachCosts one_each_costs(int rows) {
-  return rows <= 32   ? OneEachCosts{120, 5, 0, 0}
-         : rows <= 64 ? OneEachCosts{220, 2, 350, 4}
-                      : OneEachCosts{220, 2, 200, 8};
+  return rows <= 32   ? OneEachCosts{120, 5, 0}
+         : rows <= 64 ? OneEachCosts{220, 2, 350}
+                      : OneEachCosts{220, 2, 200};
 }
 
 inline constexpr int kCandidates = 32;  // limits that are compared
@@ -109,8 +107,7 @@ SNAPMLA_HD int one_each_time(const OneEachCosts& costs, int parts, int longest, 
                              int pieces) {
   const int crowded = 2 * pieces - parts;
   return longest * costs.tile + splits * costs.split +
-         (crowded > 0 ? costs.crowd * crowded / parts : 0) +
-         (splits == 2 ? costs.partial * pieces : 0);
+         (crowded > 0 ? costs.crowd * crowded / parts : 0);
 }
 
 // The same for a stream whose parts pay `share`: any of them may start an item twice and merge.
