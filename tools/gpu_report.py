@@ -76,29 +76,41 @@ def sanitizer_errors(log):
 
 # Where racecheck loses track: shared memory that changes hands several times through named barriers
 # which each side awaits or announces with an instruction of its own. tools/racecheck/handover.cu has
-# these patterns and no race; a hazard counts as the tool's only where it reports them as well.
+# these patterns and no race; a report counts as the tool's only where it reports them as well.
 HAND_OVERS = {("publish_p", "adopt_p"): "seesaw", ("store_item", "store_item"): "items"}
+# It has made 42 to 44 reports of them; many more would be something new.
+MOST_EXPLAINED = 60
 
 
 def explained_hazards(log, handover):
-    """How many of racecheck's hazards lie in a hand-over of the BF16 kernel that it misjudges elsewhere too."""
+    """How many of racecheck's reports lie wholly in a hand-over of the BF16 kernel that it misjudges elsewhere too."""
     access = r"(?:Write|Read) access at (?:void )?(?:\w+::)*(\w+)::(\w+)(?:<[^>]*>)?\("
     count = 0
-    for first, second in re.findall(r"Race reported between ([^\n]*)\n=+\s+and ([^\n]*)", log):
-        sides = [re.match(access, side) for side in (first, second)]
+    for first, others in re.findall(r"Race reported between ([^\n]*)\n((?:=+\s+and [^\n]*\n)+)", log):
+        sides = [re.match(access, first)]
+        sides += [re.match(access, other) for other in re.findall(r"=+\s+and ([^\n]*)", others)]
         if not all(sides) or any(side.group(1) != "bf16_decode" for side in sides):
             continue
-        names = tuple(side.group(2) for side in sides)
-        pattern = HAND_OVERS.get(names) or HAND_OVERS.get(names[::-1])
-        count += bool(pattern and handover.get(pattern))
-    return count
+        patterns = {HAND_OVERS.get(pair) or HAND_OVERS.get(pair[::-1])
+                    for pair in ((sides[0].group(2), side.group(2)) for side in sides[1:])}
+        count += all(pattern and handover.get(pattern) for pattern in patterns)
+    return count if count <= MOST_EXPLAINED else 0
+
+
+def handover_hazards(folder):
+    """What racecheck says of correct programs, by name; None for one that failed, or of which it says nothing."""
+    result = {}
+    for path in sorted(folder.glob("handover_*.log")):
+        status = path.with_suffix(".status")
+        found = re.findall(r"RACECHECK SUMMARY: (\d+) hazard", path.read_text(errors="replace"))
+        sound = status.exists() and status.read_text().strip() == "0"
+        result[path.stem.removeprefix("handover_")] = sum(map(int, found)) if sound and found else None
+    return result
 
 
 def judge_sanitizer(folder, tools):
     """Each tool must say that it found nothing, and the tests below it must have run and passed."""
-    # What racecheck says of correct programs.
-    handover = {path.stem.removeprefix("handover_"): sanitizer_errors(path.read_text(errors="replace"))
-                for path in sorted(folder.glob("handover_*.log"))}
+    handover = handover_hazards(folder)
     result, ok = {}, True
     for tool in tools:
         log = (folder / f"{tool}.log").read_text(errors="replace") if (folder / f"{tool}.log").exists() else ""

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Every test under sanitizers, what .ci/run does for a part of them: all attention shapes, whole evaluations, all of the
 # engine's oracles and the real program under ASan and UBSan; the threaded suites under TSan, but for what the
-# single-threaded fp64 model of the tests does with the shipped model, which takes hours there. An hour and a quarter on two
-# cores. docs/testing.md says what the last run found.
+# single-threaded fp64 model of the tests does with the shipped model, which takes hours there. An hour and a quarter on
+# two cores. docs/testing.md says what the last run found.
 #
 #   tools/sanitize.sh [address|thread]...      (default: both)
 set -euo pipefail

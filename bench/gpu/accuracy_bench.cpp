@@ -229,7 +229,9 @@ json measure(const AccuracyCase& c, std::int32_t context, const AccuracyOptions&
     kernel[name + "_from_tensor_core"] = relative(got, hardware.out);
     for (const char* against : {"_emulation", "_tensor_core"}) {
       const double error = kernel[name + against].get<double>();
-      result["ratio"][name + against] = error > 0 ? kernel[name].get<double>() / error : 0.0;
+      // 0 where both are exact; NaN, and infinity, are beyond every bound.
+      const double mine = kernel[name].get<double>();
+      result["ratio"][name + against] = error == 0 && mine == 0 ? 0.0 : mine / error;
     }
     if (p_block != 64) continue;
     method["cache_only"] = relative(exact.out, exact_inputs);
@@ -354,7 +356,7 @@ bool run_accuracy_bench(const AccuracyOptions& options, std::ostream& out) {
       bool within = true;
       for (const std::string block : {"block64", "block128"}) {
         const json& kernel = r["kernel_error"];
-        // NaN fails.
+        // NaN fails, be it the kernel's or the model's.
         within = within &&
                  (r["ratio"].value(block + "_tensor_core", NAN) <= options.bound ||
                   kernel.value(block, NAN) <= options.negligible) &&
@@ -363,8 +365,8 @@ bool run_accuracy_bench(const AccuracyOptions& options, std::ostream& out) {
       r["within_bound"] = within;
       good = good && within;
       const std::string row = markdown_row(r);
-      out << row << (within ? "" : "  <- above the bound") << std::endl;
-      markdown += row + "\n";
+      out << row << (within ? "" : "  <- out of bounds") << std::endl;
+      markdown += row + (within ? "" : " out of bounds |") + "\n";
       report["results"].push_back(std::move(r));
     }
   }

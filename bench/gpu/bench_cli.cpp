@@ -78,13 +78,15 @@ void register_accuracy(CLI::App& bench, int& status) {
       ->add_option("--negligible", options->negligible,
                    with_default("Error of the kernel up to which that ratio does not count",
                                 options->negligible))
-      ->type_name("ERROR");
+      ->type_name("ERROR")
+      ->check(CLI::NonNegativeNumber.description(""));
   command
       ->add_option("--arithmetic", options->arithmetic,
                    with_default("Largest accepted distance, relative, between the kernel's output\n"
                                 "and that of the scheme in exact arithmetic",
                                 options->arithmetic))
-      ->type_name("DISTANCE");
+      ->type_name("DISTANCE")
+      ->check(CLI::PositiveNumber.description(""));
   command
       ->add_option("--per-tensor", options->per_tensor_folder,
                    "Also write each case, quantised with one scale per tensor, and its\n"
@@ -99,7 +101,7 @@ void register_accuracy(CLI::App& bench, int& status) {
     require_gpu();
     status = run_accuracy_bench(*options, std::cout) ? 0 : 1;
     if (status != 0) {
-      std::cerr << "snapmla: error: a kernel error is above the bound; the table marks it\n";
+      std::cerr << "snapmla: error: a kernel error is out of bounds; the table marks it\n";
     }
   });
 }

@@ -290,7 +290,7 @@ __global__ void tensor_core_kernel(Request p, Rows rows, std::int64_t keys, bool
     }
     share = block_reduce(share, add);  // also publishes code[] and scale[]
     if constexpr (kWhole) {
-      // One thread's work, and all wait for it in the next reduction.
+      // One thread's work; all meet it where the loop ends.
       if (threadIdx.x == 0) l += sigma * rounded_row_sum<kBlock>(code, scale, count);
     } else {
       l += share;

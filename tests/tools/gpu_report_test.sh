@@ -29,12 +29,18 @@ expect "no report" 1 'no report was written' "$work/missing.json" 124 0
 
 # The sanitizer stage: hazards in the BF16 kernel's hand-overs count as racecheck's own only where it
 # reports the same of a program without a race.
-hazard() { # hazard NAMESPACE FUNCTION FUNCTION
-  printf '========= Error: Race reported between Write access at void snapmla::cuda::%s::%s<(int)1>(int *)+0x10 in a.h:1\n' "$1" "$2"
-  printf '=========     and Read access at snapmla::cuda::%s::%s(int *)+0x20 in a.h:2 [4 hazards]\n========= \n' "$1" "$3"
+hazard() { # hazard NAMESPACE FUNCTION FUNCTION [FUNCTION]: one report, which may name several partners
+  local space=$1 first=$2 partner
+  shift 2
+  printf '========= Error: Race reported between Write access at void snapmla::cuda::%s::%s<(int)1>(int *)+0x10 in a.h:1\n' "$space" "$first"
+  for partner; do
+    printf '=========     and Read access at snapmla::cuda::%s::%s(int *)+0x20 in a.h:2 [4 hazards]\n' "$space" "$partner"
+  done
+  printf '========= \n'
 }
+reproducer_status=0 items=0
 sanitized() { # sanitized WHAT STATUS TEXT EXIT_STATUS SEESAW HAZARD...
-  local what=$1 want=$2 text=$3 exit_status=$4 seesaw=$5 status=0 said
+  local what=$1 want=$2 text=$3 exit_status=$4 seesaw=$5 status=0 said one name
   shift 5
   local folder="$work/sanitizer"
   rm -rf "$folder" && mkdir "$folder"
@@ -43,18 +49,28 @@ sanitized() { # sanitized WHAT STATUS TEXT EXIT_STATUS SEESAW HAZARD...
   { for one in "$@"; do hazard $one; done
     echo "========= RACECHECK SUMMARY: $# hazards displayed ($# errors, 0 warnings)"; } >"$folder/racecheck.log"
   echo "========= RACECHECK SUMMARY: $seesaw hazards displayed" >"$folder/handover_seesaw.log"
-  echo "========= RACECHECK SUMMARY: 0 hazards displayed" >"$folder/handover_items.log"
+  echo "========= RACECHECK SUMMARY: $items hazards displayed" >"$folder/handover_items.log"
+  for name in seesaw items; do echo "$reproducer_status" >"$folder/handover_$name.status"; done
   said=$(python3 "$repository/tools/gpu_report.py" sanitizer "$folder" racecheck 2>&1) || status=$?
   if [ "$status" -ne "$want" ] || [[ "$said" != *"$text"* ]]; then
     echo "$what: got status $status and: $said" >&2
     failures=$((failures + 1))
   fi
 }
+pair="bf16_decode publish_p adopt_p"
 sanitized "no hazard" 0 '"errors": 0' 0 4
-sanitized "a hand-over" 0 '"explained_by_handover": 2' 99 4 "bf16_decode publish_p adopt_p" "bf16_decode adopt_p publish_p"
-sanitized "a hand-over that racecheck follows elsewhere" 1 '"errors": 1' 99 0 "bf16_decode publish_p adopt_p"
+sanitized "a hand-over" 0 '"explained_by_handover": 2' 99 4 "$pair" "bf16_decode adopt_p publish_p"
+sanitized "a hand-over that racecheck follows elsewhere" 1 '"errors": 1' 99 0 "$pair"
 sanitized "another pattern, which it follows" 1 '"errors": 1' 99 4 "bf16_decode store_item store_item"
+items=1
+sanitized "the end of an item" 0 '"explained_by_handover": 1' 99 0 "bf16_decode store_item store_item"
 sanitized "another kernel" 1 '"errors": 1' 99 4 "fp8_decode publish_p adopt_p"
-sanitized "another function" 1 '"errors": 1' 99 4 "bf16_decode publish_p adopt_p" "bf16_decode publish_p clear_tail"
-sanitized "hazards and a crash" 1 'exit status 134' 134 4 "bf16_decode publish_p adopt_p"
+sanitized "another function" 1 '"errors": 1' 99 4 "$pair" "bf16_decode publish_p clear_tail"
+sanitized "another function in the same report" 1 '"errors": 1' 99 4 "bf16_decode publish_p adopt_p clear_tail"
+mapfile -t many < <(for _ in {1..61}; do echo "$pair"; done)
+sanitized "more than there were" 1 '"errors": 61' 99 4 "${many[@]}"
+sanitized "as many as there were" 0 '"explained_by_handover": 60' 99 4 "${many[@]:1}"
+sanitized "hazards and a crash" 1 'exit status 134' 134 4 "$pair"
+reproducer_status=1
+sanitized "a reproducer that failed" 1 '"errors": 1' 99 4 "$pair"
 [ "$failures" -eq 0 ] && echo "gpu_report: all as expected"
