@@ -357,9 +357,7 @@ bool run_accuracy_bench(const AccuracyOptions& options, std::ostream& out) {
       for (const std::string block : {"block64", "block128"}) {
         const json& kernel = r["kernel_error"];
         // NaN fails, be it the kernel's or the model's.
-        within = within &&
-                 (r["ratio"].value(block + "_tensor_core", NAN) <= options.bound ||
-                  kernel.value(block, NAN) <= options.negligible) &&
+        within = within && r["ratio"].value(block + "_tensor_core", NAN) <= options.bound &&
                  kernel.value(block + "_from_emulation", NAN) <= options.arithmetic;
       }
       r["within_bound"] = within;
@@ -371,7 +369,6 @@ bool run_accuracy_bench(const AccuracyOptions& options, std::ostream& out) {
     }
   }
   report["bound"] = options.bound;
-  report["negligible_error"] = options.negligible;
   report["bound_from_emulation"] = options.arithmetic;
   report["within_bound"] = good;
   if (!options.json.empty()) write_text(options.json, report.dump(1) + "\n");

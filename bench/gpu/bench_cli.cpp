@@ -75,12 +75,6 @@ void register_accuracy(CLI::App& bench, int& status) {
                                 options->bound))
       ->type_name("RATIO");
   command
-      ->add_option("--negligible", options->negligible,
-                   with_default("Error of the kernel up to which that ratio does not count",
-                                options->negligible))
-      ->type_name("ERROR")
-      ->check(CLI::NonNegativeNumber.description(""));
-  command
       ->add_option("--arithmetic", options->arithmetic,
                    with_default("Largest accepted distance, relative, between the kernel's output\n"
                                 "and that of the scheme in exact arithmetic",

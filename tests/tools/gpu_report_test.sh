@@ -28,13 +28,22 @@ expect "nothing ran" 1 'every test was skipped' "$work/skipped.json" 0 0
 expect "no report" 1 'no report was written' "$work/missing.json" 124 0
 
 # The sanitizer stage: hazards in the BF16 kernel's hand-overs count as racecheck's own only where it
-# reports the same of a program without a race.
-hazard() { # hazard NAMESPACE FUNCTION FUNCTION [FUNCTION]: one report, which may name several partners
-  local space=$1 first=$2 partner
-  shift 2
-  printf '========= Error: Race reported between Write access at void snapmla::cuda::%s::%s<(int)1>(int *)+0x10 in a.h:1\n' "$space" "$first"
+# reports the same of a program without a race, and only for the words that this program has.
+sources=$repository/src/backends/cuda/mla_decode
+line_of() { # line_of TEXT FILE: "FILE:LINE" of the first line with this text
+  local found
+  found=$(grep -nFm1 "$1" "$sources/$2") || { echo "no line of $2 has $1" >&2; return 1; }
+  echo "$2:${found%%:*}"
+}
+p_at=$(line_of 's.p[k][thread]' bf16_kernel.h)
+reference_at=$(line_of 's.reference[row]' bf16_kernel.h)
+sums_at=$(line_of 's.row_sums[' bf16_store.h)
+hazard() { # hazard PLACE NAMESPACE FUNCTION FUNCTION [FUNCTION]: one report, which may name several partners
+  local at=$1 space=$2 first=$3 partner
+  shift 3
+  printf '========= Error: Race reported between Write access at void snapmla::cuda::%s::%s<(int)1>(int *)+0x10 in %s\n' "$space" "$first" "$at"
   for partner; do
-    printf '=========     and Read access at snapmla::cuda::%s::%s(int *)+0x20 in a.h:2 [4 hazards]\n' "$space" "$partner"
+    printf '=========     and Read access at snapmla::cuda::%s::%s(int *)+0x20 in %s [4 hazards]\n' "$space" "$partner" "$at"
   done
   printf '========= \n'
 }
@@ -57,16 +66,19 @@ sanitized() { # sanitized WHAT STATUS TEXT EXIT_STATUS SEESAW HAZARD...
     failures=$((failures + 1))
   fi
 }
-pair="bf16_decode publish_p adopt_p"
+pair="$p_at bf16_decode publish_p adopt_p"
 sanitized "no hazard" 0 '"errors": 0' 0 4
-sanitized "a hand-over" 0 '"explained_by_handover": 2' 99 4 "$pair" "bf16_decode adopt_p publish_p"
+sanitized "a hand-over" 0 '"explained_by_handover": 2' 99 4 "$pair" "$p_at bf16_decode adopt_p publish_p"
 sanitized "a hand-over that racecheck follows elsewhere" 1 '"errors": 1' 99 0 "$pair"
-sanitized "another pattern, which it follows" 1 '"errors": 1' 99 4 "bf16_decode store_item store_item"
+sanitized "another pattern, which it follows" 1 '"errors": 1' 99 4 "$sums_at bf16_decode store_item store_item"
 items=1
-sanitized "the end of an item" 0 '"explained_by_handover": 1' 99 0 "bf16_decode store_item store_item"
-sanitized "another kernel" 1 '"errors": 1' 99 4 "fp8_decode publish_p adopt_p"
-sanitized "another function" 1 '"errors": 1' 99 4 "$pair" "bf16_decode publish_p clear_tail"
-sanitized "another function in the same report" 1 '"errors": 1' 99 4 "bf16_decode publish_p adopt_p clear_tail"
+sanitized "the end of an item" 0 '"explained_by_handover": 1' 99 0 "$sums_at bf16_decode store_item store_item"
+sanitized "another kernel" 1 '"errors": 1' 99 4 "$p_at fp8_decode publish_p adopt_p"
+sanitized "other words of these functions" 1 '"errors": 1' 99 4 "$pair" "$reference_at bf16_decode publish_p adopt_p"
+sanitized "a line that is not there" 1 '"errors": 1' 99 4 "bf16_kernel.h:99999 bf16_decode publish_p adopt_p"
+sanitized "a file that is not there" 1 '"errors": 1' 99 4 "a.h:1 bf16_decode publish_p adopt_p"
+sanitized "another function" 1 '"errors": 1' 99 4 "$pair" "$p_at bf16_decode publish_p clear_tail"
+sanitized "another function in the same report" 1 '"errors": 1' 99 4 "$p_at bf16_decode publish_p adopt_p clear_tail"
 mapfile -t many < <(for _ in {1..61}; do echo "$pair"; done)
 sanitized "more than there were" 1 '"errors": 61' 99 4 "${many[@]}"
 sanitized "as many as there were" 0 '"explained_by_handover": 60' 99 4 "${many[@]:1}"
