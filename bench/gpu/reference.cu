@@ -74,6 +74,19 @@ __device__ double warp_sum(double x) {
   return x;
 }
 
+// What the tensor core takes for the exponent of a product of e4m3 values: the sum of theirs, that
+// of a subnormal being -6. Of a product that is 0, none.
+constexpr int kNoExponent = -1000;
+__device__ int product_exponent(float a, float b) {
+  return a == 0.0f || b == 0.0f ? kNoExponent : max(ilogbf(a), -6) + max(ilogbf(b), -6);
+}
+__device__ int exponent(float x) { return x == 0.0f ? kNoExponent : ilogbf(x); }
+
+// A sum after it is formed: 14 significant bits, cut towards zero.
+__device__ float cut_sum(double sum) {
+  return __uint_as_float(__float_as_uint(static_cast<float>(sum)) & 0xfffffc00u);
+}
+
 // The latent part of a score as the tensor core adds it, a lane per product of a group: e4m3 only.
 __device__ double tensor_core_score(const Request& p, const std::uint8_t* q,
                                     const std::uint8_t* latent, int token, int lane) {
@@ -81,15 +94,15 @@ __device__ double tensor_core_score(const Request& p, const std::uint8_t* q,
   for (int group = 0; group < kLatent / 32; ++group) {
     constexpr int kChunks[4] = {0, 2, 1, 3};  // of 128 dimensions
     const int d = kChunks[group / 4] * 128 + group % 4 * 32 + lane;
-    const auto product =
-        static_cast<float>(e4m3_value(q[d]) * e4m3_value(*element(latent, p.cache.swizzled,
-                                                                  p.cache.latent_row, token, d)));
-    float largest = fmaxf(fabsf(sum), fabsf(product));
+    const auto a = static_cast<float>(e4m3_value(q[d]));
+    const auto b = static_cast<float>(
+        e4m3_value(*element(latent, p.cache.swizzled, p.cache.latent_row, token, d)));
+    int largest = max(exponent(sum), product_exponent(a, b));
     for (int step = 16; step > 0; step /= 2)
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-    if (largest == 0.0f) continue;
-    const double unit = ldexp(1.0, ilogbf(largest) - 13);
-    sum = static_cast<float>((trunc(sum / unit) + warp_sum(trunc(product / unit))) * unit);
+      largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+    if (largest == kNoExponent) continue;
+    const double unit = ldexp(1.0, largest - 13);
+    sum = cut_sum((trunc(sum / unit) + warp_sum(trunc(static_cast<double>(a * b) / unit))) * unit);
   }
   return sum;
 }
@@ -229,15 +242,15 @@ __global__ void output_kernel(Request p, Rows rows, std::int64_t keys, int span,
   }
 }
 
-// accumulator + products as the tensor core adds them; see PEmulation.
-__device__ float tensor_core_add(float accumulator, const float* products, int count) {
-  float largest = fabsf(accumulator);
-  for (int i = 0; i < count; ++i) largest = fmaxf(largest, fabsf(products[i]));
-  if (largest == 0.0f) return accumulator;
-  const double step = ldexp(1.0, ilogbf(largest) - 13);
-  double sum = trunc(accumulator / step);
-  for (int i = 0; i < count; ++i) sum += trunc(products[i] / step);
-  return static_cast<float>(sum * step);
+// accumulator + sum of a_i b_i as the tensor core adds them; see PEmulation.
+__device__ float tensor_core_add(float accumulator, const float* a, const float* b, int count) {
+  int largest = exponent(accumulator);
+  for (int i = 0; i < count; ++i) largest = max(largest, product_exponent(a[i], b[i]));
+  if (largest == kNoExponent) return accumulator;
+  const double unit = ldexp(1.0, largest - 13);
+  double sum = trunc(accumulator / unit);
+  for (int i = 0; i < count; ++i) sum += trunc(static_cast<double>(a[i] * b[i]) / unit);
+  return cut_sum(sum * unit);
 }
 
 // sum_j code_j / s_j of a block, from f16 factors s_min / s_j and f16 sums of the eight tokens
@@ -299,18 +312,17 @@ __global__ void tensor_core_kernel(Request p, Rows rows, std::int64_t keys, bool
       const int d = i * kThreads + static_cast<int>(threadIdx.x);
       float t = two_level || sigma == 0.0 ? 0.0f : static_cast<float>(sum[i] / sigma);
       for (int at = 0; at < count; at += kGroup) {
-        float products[kGroup];
+        float latents[kGroup];
         const int group = min(kGroup, count - at);
         for (int k = 0; k < group; ++k) {
           const std::int64_t j = begin + at + k;
           const std::uint8_t* latent = p.cache.latent + p.table[j / kPage] * p.cache.latent_page;
-          products[k] =
-              code[at + k] * static_cast<float>(value_at(
-                                 element(latent, p.cache.swizzled, p.cache.latent_row,
-                                         static_cast<int>(j % kPage), d * width(p.cache.element)),
-                                 p.cache.element));
+          latents[k] = static_cast<float>(
+              value_at(element(latent, p.cache.swizzled, p.cache.latent_row,
+                               static_cast<int>(j % kPage), d * width(p.cache.element)),
+                       p.cache.element));
         }
-        t = tensor_core_add(t, products, group);
+        t = tensor_core_add(t, code + at, latents, group);
       }
       sum[i] = two_level ? sum[i] + sigma * t : (sigma == 0.0 ? sum[i] : sigma * t);
     }

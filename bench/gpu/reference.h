@@ -53,7 +53,8 @@ struct ReferenceRow {
 };
 
 // kOneLevel64, kTwoLevel64: kBlock64 with PV summed as Hopper's tensor cores do (32 products and
-// the accumulator aligned to the largest, 14 bits kept, cut towards zero), in one chain over the
+// the accumulator cut towards zero 13 bits below the largest exponent, of a product the sum of its
+// operands'; the sum cut to 14 bits), in one chain over the
 // whole context or started anew in each block. kTensorCore64, kTensorCore128: PV as kTwoLevel64, in
 // blocks of 64 or 128, the latent part of the scores added up by the tensor core too, one chain of
 // 16 groups of 32 in the order in which the FP8 kernel takes them, and l from f16 sums of eight

@@ -137,13 +137,14 @@ TEST(P, ScaleThatIsNotPositiveIsNaN) {
   for (float s : {0.0f, -1.0f, std::nanf("")}) EXPECT_TRUE(is_nan(log2_scale(s)));
 }
 
-// Relative error of a chain of `k` products, promoted to f64 every `promote`.
-double chain_error(const std::vector<float>& products, std::size_t promote) {
+// Relative error of a chain of products, promoted to f64 every `promote`.
+double chain_error(const std::vector<float>& a, const std::vector<float>& b, std::size_t promote) {
   double total = 0, exact = 0;
   float acc = 0;
-  for (std::size_t i = 0; i < products.size(); i += kTensorCoreGroup) {
-    acc = tensor_core_add(acc, std::span(products).subspan(i, kTensorCoreGroup));
-    for (std::size_t j = 0; j < kTensorCoreGroup; ++j) exact += products[i + j];
+  for (std::size_t i = 0; i < a.size(); i += kTensorCoreGroup) {
+    acc = tensor_core_add(acc, std::span(a).subspan(i, kTensorCoreGroup),
+                          std::span(b).subspan(i, kTensorCoreGroup));
+    for (std::size_t j = i; j < i + kTensorCoreGroup; ++j) exact += a[j] * b[j];
     if ((i + kTensorCoreGroup) % promote == 0) total += acc, acc = 0;
   }
   return (exact - total - acc) / exact;
@@ -154,17 +155,42 @@ double chain_error(const std::vector<float>& products, std::size_t promote) {
 TEST(TensorCoreModel, LongChainsLoseAndPromotionRepairs) {
   std::mt19937 rng(9);
   std::uniform_real_distribution<float> uniform(0.0f, 1.0f);
-  std::vector<float> products(4096);
-  for (float& p : products) {
-    p = e4m3_to_float(e4m3_from_float(uniform(rng))) * e4m3_to_float(e4m3_from_float(uniform(rng)));
+  std::vector<float> a(4096), b(4096);
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    a[i] = e4m3_to_float(e4m3_from_float(uniform(rng)));
+    b[i] = e4m3_to_float(e4m3_from_float(uniform(rng)));
   }
-  const double chain = chain_error(products, 4096), promoted = chain_error(products, 128);
+  const double chain = chain_error(a, b, 4096), promoted = chain_error(a, b, 128);
   EXPECT_GT(chain, 1e-2);
   EXPECT_LT(chain, 2e-1);
   EXPECT_GT(promoted, 0.0);
   EXPECT_LT(promoted, 2e-3);
   EXPECT_LT(promoted, chain / 20);
-  EXPECT_EQ(chain_error(std::vector<float>(8192, 1.0f), 8192), 0.0);
+  const std::vector<float> ones(8192, 1.0f);
+  EXPECT_EQ(chain_error(ones, ones, 8192), 0.0);
+}
+
+float add(float accumulator, std::vector<float> a, std::vector<float> b) {
+  return tensor_core_add(accumulator, a, b);
+}
+
+// Where the rule cuts: the exponents are the operands', and the sum is cut once more.
+TEST(TensorCoreModel, CutsAtTheLargestExponentOfOperandsAndAtTheSumsOwn) {
+  EXPECT_EQ(add(0, {1, 1}, {1, 0x1p-9f}), 1 + 0x1p-9f);
+  // 2^-13 is the last bit beside 1, and beside 1.5 * 1.5, whose operands' exponents are 0.
+  EXPECT_EQ(add(0x1p-13f, {1}, {1}), 1 + 0x1p-13f);
+  EXPECT_EQ(add(0x1p-14f, {1}, {1}), 1);
+  EXPECT_EQ(add(-0x1p-14f, {1}, {1}), 1);                       // towards zero
+  EXPECT_EQ(add(-0x1p-13f, {1.5f}, {1.5f}), 2.25f - 0x1p-12f);  // 2.25 - 2^-13, cut once more
+  EXPECT_EQ(add(-0x1p-13f, {1.5f, -1.25f}, {1.5f, 1}), 1 - 0x1p-13f);
+  EXPECT_EQ(add(0x1p-12f, {1, 1, 1, 1}, {1, 1, 1, 1}), 4);  // the sum's last bit is 2^-11
+  EXPECT_EQ(add(0x1p-11f, {1, 1, 1, 1}, {1, 1, 1, 1}), 4 + 0x1p-11f);
+  // A subnormal has exponent -6: 2^-9 * 2^-9 counts as 2^-12, which cuts at 2^-25.
+  EXPECT_EQ(add(0x1p-26f, {0x1p-9f}, {0x1p-9f}), 0x1p-18f);
+  EXPECT_EQ(add(0x1p-25f, {0x1p-9f}, {0x1p-9f}), 0x1p-18f + 0x1p-25f);
+  EXPECT_EQ(add(0x1p-30f, {448, 0}, {0, 448}), 0x1p-30f);  // products that are 0 cut nothing
+  EXPECT_EQ(add(0, {}, {}), 0);
+  EXPECT_TRUE(is_nan(add(0, {1, quiet_nan()}, {1, 1})));
 }
 
 }  // namespace

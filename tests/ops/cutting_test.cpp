@@ -134,21 +134,37 @@ TEST(Cutting, OnePieceAPartSpreadsThem) {
   }
 }
 
-// The choices that the sweeps of variant 26 found best.
+// The choices that the sweeps of variants 26 and 41 found best.
 TEST(Cutting, OnePieceAPartLeavesSmsFreeWhereThatIsFaster) {
   const auto best = [](int rows, int requests, int tiles) {
-    const int parts = rows > 64 ? 66 : 132;
+    const int parts = 132 / ((rows + 63) / 64);
     std::pair<int, int> best{1 << 30, 0};
     for (int i = 0; i < kCandidates; ++i) {
       const int limit = std::max(1, (requests * tiles + parts - 1) / parts) + i;
       const int count = (tiles + limit - 1) / limit;
       if (requests * count > parts) continue;
+      const int pieces = requests * count;
       best = std::min(best, {one_each_time(one_each_costs(rows), parts, (tiles + count - 1) / count,
-                                           count, requests * count),
+                                           count, pieces, count > 1 ? requests : 0),
                              limit});
     }
     return best.second;
   };
+  constexpr int kWhole = 5;
+  EXPECT_EQ(best(128, 13, 5), 1);
+  EXPECT_EQ(best(128, 17, 5), 2);
+  EXPECT_GE(best(128, 20, 5), kWhole);  // in three 20.6 us, in two 21 or more, whole 19.9
+  EXPECT_GE(best(128, 32, 5), kWhole);
+  EXPECT_EQ(best(64, 20, 5), 1);
+  EXPECT_EQ(best(64, 24, 5), 2);
+  EXPECT_EQ(best(64, 32, 5), 2);
+  EXPECT_GE(best(64, 40, 5), kWhole);
+  EXPECT_GE(best(64, 60, 5), kWhole);
+  EXPECT_EQ(best(32, 45, 5), 3);
+  EXPECT_GE(best(32, 60, 5), kWhole);
+  EXPECT_EQ(best(16, 60, 5), 3);
+  EXPECT_EQ(best(256, 8, 5), 2);
+  EXPECT_GE(best(256, 12, 5), kWhole);
   EXPECT_EQ(best(128, 1, 64), 2);     // 1 x 8,192: 32 pairs of SMs instead of 64
   EXPECT_EQ(best(128, 1, 5), 1);      // 1 x 640
   EXPECT_EQ(best(128, 16, 5), 2);     // 16 x 640
@@ -169,14 +185,18 @@ TEST(Cutting, OneLongRequestAmongShortOnesIsAStream) {
     for (int limit = 1; limit <= tiles; ++limit) {
       const int count = (tiles + limit - 1) / limit;
       if (short_ones + count > parts) continue;
-      EXPECT_GT(one_each_time(costs, parts, (tiles + count - 1) / count, count, short_ones + count),
+      EXPECT_GT(one_each_time(costs, parts, (tiles + count - 1) / count, count, short_ones + count,
+                              count > 1 ? 1 : 0),
                 stream_time(costs, share));
     }
   }
   // Batches of equal requests are not.
-  EXPECT_LT(one_each_time(one_each_costs(128), 66, 8, 8, 64), stream_time(one_each_costs(128), 8));
-  EXPECT_LT(one_each_time(one_each_costs(128), 66, 2, 3, 48), stream_time(one_each_costs(128), 2));
-  EXPECT_LT(one_each_time(one_each_costs(16), 132, 4, 16, 128), stream_time(one_each_costs(16), 4));
+  EXPECT_LT(one_each_time(one_each_costs(128), 66, 8, 8, 64, 8),
+            stream_time(one_each_costs(128), 8));
+  EXPECT_LT(one_each_time(one_each_costs(128), 66, 2, 3, 48, 16),
+            stream_time(one_each_costs(128), 2));
+  EXPECT_LT(one_each_time(one_each_costs(16), 132, 4, 16, 128, 8),
+            stream_time(one_each_costs(16), 4));
 }
 
 TEST(Cutting, FewRequestsSaveLittle) {

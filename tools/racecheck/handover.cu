@@ -13,7 +13,10 @@
 // take turns with one buffer, through barriers at which one side arrives and the other waits. In
 // both, whoever writes a word again has read it itself, or has met all of its readers since.
 // `handover items` is `pair` after exchanges through three other barriers, each group with barrier
-// instructions of its own, as at the end of an item.
+// instructions of its own, as at the end of an item. `handover quad` is `seesaw` with words that
+// four lanes read and one of them writes, after __syncwarp.
+//
+// Every thread checks what it read, round by round: a program with a race would fail itself.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -56,7 +59,13 @@ __global__ void handover_named(int* out) {
   if (threadIdx.x >= 32) out[lane] = words[(lane * 7) & 31];
 }
 
-constexpr int kGroup = 128, kRounds = 4;
+constexpr int kGroup = 128, kRounds = 4, kWords = 33;  // the last counts wrong words
+
+// What main expects of 32 lanes; each wrong word of any thread is counted.
+__device__ void report(int* out, bool first_group, int thread, bool right) {
+  if (!right) atomicAdd(out + 32, 1);
+  if (first_group && thread < 32) out[thread] = 3 * (thread * 7 & 31);
+}
 
 // Words of round n lie in buffer n % 2: before round n + 2 writes there, all have met in n + 1.
 __global__ void handover_pair(int* out) {
@@ -64,21 +73,21 @@ __global__ void handover_pair(int* out) {
   const int group = static_cast<int>(threadIdx.x) / kGroup;
   const int thread = static_cast<int>(threadIdx.x) % kGroup;
   if (group == 2) return;
-  int sum = 0;
+  bool right = true;
   for (int round = 0; round < kRounds; ++round) {
-    words[round % 2][group][thread] = thread;
+    words[round % 2][group][thread] = round * 1000 + group * 500 + thread;
     ptx::barrier_sync(1, 2 * kGroup);
-    sum += words[round % 2][1 - group][thread ^ 5];
+    right &=
+        words[round % 2][1 - group][thread ^ 5] == round * 1000 + (1 - group) * 500 + (thread ^ 5);
   }
-  if (group == 0 && thread < 32)
-    out[thread] = sum == kRounds * (thread ^ 5) ? 3 * (thread * 7 & 31) : -1;
+  report(out, group == 0, thread, right);
 }
 
 // What one group does: it announces and awaits through three barriers, several times, and then both
 // exchange sums, in buffers that alternate, through a fourth that both await.
 template <int kOwn>
-__device__ int handover_side(int (&sums)[2][2][kGroup], int thread) {
-  int sum = 0;
+__device__ bool handover_side(int (&sums)[2][2][kGroup], int thread) {
+  bool right = true;
 #pragma unroll 1
   for (int round = 0; round < kRounds; ++round) {
 #pragma unroll 1
@@ -92,52 +101,60 @@ __device__ int handover_side(int (&sums)[2][2][kGroup], int thread) {
         }
       }
     }
-    if (thread % 4 == 0) sums[round % 2][kOwn][thread] = thread;
+    if (thread % 4 == 0) sums[round % 2][kOwn][thread] = round * 1000 + kOwn * 500 + thread;
     ptx::barrier_sync(4, 2 * kGroup);
-    sum += sums[round % 2][1 - kOwn][thread / 4 * 4];
+    right &= sums[round % 2][1 - kOwn][thread / 4 * 4] ==
+             round * 1000 + (1 - kOwn) * 500 + thread / 4 * 4;
   }
-  return sum;
+  return right;
 }
 
 __global__ void handover_items(int* out) {
   __shared__ int sums[2][2][kGroup];
   const int thread = static_cast<int>(threadIdx.x) % kGroup;
   if (threadIdx.x < kGroup) {
-    const int sum = handover_side<0>(sums, thread);
-    if (thread < 32) out[thread] = sum == kRounds * (thread / 4 * 4) ? 3 * (thread * 7 & 31) : -1;
+    report(out, true, thread, handover_side<0>(sums, thread));
   } else if (threadIdx.x < 2 * kGroup) {
-    if (handover_side<1>(sums, thread) != kRounds * (thread / 4 * 4)) out[0] = -2;
+    report(out, false, thread, handover_side<1>(sums, thread));
   }
 }
 
-// Thread t of a group reads what thread t of the other wrote, and writes there next.
+// Thread t of a group reads what thread t of the other wrote, and writes there next. kQuad: all
+// lanes of a quad read what its first lane wrote.
+template <bool kQuad>
 __global__ void handover_seesaw(int* out) {
   __shared__ int words[kGroup];
   const int group = static_cast<int>(threadIdx.x) / kGroup;
   const int thread = static_cast<int>(threadIdx.x) % kGroup;
-  int value = 0;
+  const int at = kQuad ? thread / 4 : thread;
+  const auto write = [&](int round) {
+    if constexpr (kQuad) __syncwarp();  // the quad has read the word that its first lane writes
+    if (!kQuad || thread % 4 == 0) words[at] = round * 1000 + group * 500 + at;
+  };
+  bool right = true;
   if (group == 0) {
     for (int round = 0; round < kRounds; ++round) {
-      words[thread] = value + 1;
+      write(round);
       ptx::barrier_arrive(1, 2 * kGroup);
       ptx::barrier_sync(2, 2 * kGroup);
-      value = words[thread];
+      right &= words[at] == round * 1000 + 500 + at;
     }
-    if (thread < 32) out[thread] = value == 2 * kRounds ? 3 * (thread * 7 & 31) : -1;
   } else if (group == 1) {
     for (int round = 0; round < kRounds; ++round) {
       ptx::barrier_sync(1, 2 * kGroup);
-      value = words[thread];
-      words[thread] = value + 1;
+      right &= words[at] == round * 1000 + at;
+      write(round);
       ptx::barrier_arrive(2, 2 * kGroup);
     }
   }
+  if (group < 2) report(out, group == 0, thread, right);
 }
 
 int main(int argc, char** argv) {
   const char* how = argc == 2 ? argv[1] : "";
-  int *out = nullptr, words[32];
+  int *out = nullptr, words[kWords];
   cudaMalloc(&out, sizeof words);
+  cudaMemset(out, 0, sizeof words);
   if (std::strcmp(how, "all") == 0) {
     handover<true><<<1, 64>>>(out);
   } else if (std::strcmp(how, "one") == 0) {
@@ -151,17 +168,19 @@ int main(int argc, char** argv) {
   } else if (std::strcmp(how, "items") == 0) {
     handover_items<<<1, 3 * kGroup>>>(out);
   } else if (std::strcmp(how, "seesaw") == 0) {
-    handover_seesaw<<<1, 3 * kGroup>>>(out);
+    handover_seesaw<false><<<1, 3 * kGroup>>>(out);
+  } else if (std::strcmp(how, "quad") == 0) {
+    handover_seesaw<true><<<1, 3 * kGroup>>>(out);
   } else {
-    std::fprintf(stderr, "usage: handover one|all|named|arrive|pair|items|seesaw\n");
+    std::fprintf(stderr, "usage: handover one|all|named|arrive|pair|items|seesaw|quad\n");
     return 2;
   }
   const cudaError_t status = cudaMemcpy(words, out, sizeof words, cudaMemcpyDeviceToHost);
-  for (int lane = 0; lane < 32; ++lane) {
-    if (status != cudaSuccess || words[lane] != 3 * ((lane * 7) & 31)) {
-      std::fprintf(stderr, "wrong result: %s\n", cudaGetErrorString(status));
-      return 1;
-    }
+  bool right = status == cudaSuccess && words[32] == 0;
+  for (int lane = 0; lane < 32; ++lane) right = right && words[lane] == 3 * ((lane * 7) & 31);
+  if (!right) {
+    std::fprintf(stderr, "wrong result: %s\n", cudaGetErrorString(status));
+    return 1;
   }
   return 0;
 }

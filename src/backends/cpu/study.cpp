@@ -27,18 +27,25 @@ namespace {
 constexpr int kWidth = static_cast<int>(kKvLoraRank);
 constexpr std::uint32_t kExponent = 0x7f800000u;
 
-// t[d] = tensor_core_add(t[d], products of `count` tokens with dim d) for all dims: with e the
-// largest exponent, everything is cut to multiples of 2^(e - 13), in integers.
+// The power of two below |x|, of an e4m3 value as the tensor core sees it: 2^-6 for subnormals, 0
+// for 0.
+inline float e4m3_power(float x) {
+  const float power = std::bit_cast<float>(std::bit_cast<std::uint32_t>(x) & kExponent);
+  return x == 0.0f ? 0.0f : power < 0x1p-6f ? 0x1p-6f : power;
+}
+
+// t[d] = tensor_core_add(t[d], p of `count` tokens, their dim d) for all dims: with e the largest
+// exponent, everything is cut to multiples of 2^(e - 13), in integers.
 SNAPMLA_CLONES void add_group(const float* const* rows, const float* p, int count,
                               float* __restrict t) {
   alignas(64) float largest[kWidth], step[kWidth], inverse[kWidth], sum[kWidth];
   for (int d = 0; d < kWidth; ++d) largest[d] = std::fabs(t[d]);
   for (int j = 0; j < count; ++j) {
     const float* v = rows[j];
-    const float weight = p[j];
+    const float weight = e4m3_power(p[j]);
     for (int d = 0; d < kWidth; ++d) {
-      const float product = std::fabs(weight * v[d]);
-      largest[d] = product > largest[d] ? product : largest[d];
+      const float power = weight * e4m3_power(v[d]);
+      largest[d] = power > largest[d] ? power : largest[d];
     }
   }
   for (int d = 0; d < kWidth; ++d) {
@@ -56,11 +63,11 @@ SNAPMLA_CLONES void add_group(const float* const* rows, const float* p, int coun
     const float* v = rows[j];
     const float weight = p[j];
     for (int d = 0; d < kWidth; ++d) {
-      // At most 14 bits each and 33 of them: the sum is exact.
+      // At most 15 bits each and 33 of them: the sum is exact.
       sum[d] += static_cast<float>(static_cast<std::int32_t>(weight * v[d] * inverse[d]));
     }
   }
-  for (int d = 0; d < kWidth; ++d) t[d] = sum[d] * step[d];
+  for (int d = 0; d < kWidth; ++d) t[d] = numeric::tensor_core_cut(sum[d] * step[d]);
 }
 
 }  // namespace

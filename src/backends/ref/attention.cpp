@@ -3,8 +3,11 @@
 // One row is one (request, query token, head). Decode over an FP8 cache follows numeric/softmax.h
 // exactly; over BF16 and F32 caches P stays in f32. Splits are normalised on their own and combined
 // in base 2.
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
+#include <span>
 #include <vector>
 
 #include "backends/ref/ref_ops.h"
@@ -82,13 +85,12 @@ void add_values(const std::vector<Key>& keys, const std::vector<float>& p, bool 
   // One level, and a block so far below the running sum that the sum in the block's units leaves
   // f32: every product is cut off whole.
   if (std::fabs(sum) > std::numeric_limits<float>::max()) return;
-  std::vector<float> products;
-  for (std::size_t j = 0; j < keys.size(); ++j) {
-    products.push_back(p[j] * keys[j].latent[d]);
-    if (products.size() == numeric::kTensorCoreGroup || j + 1 == keys.size()) {
-      sum = numeric::tensor_core_add(static_cast<float>(sum), products);
-      products.clear();
-    }
+  for (std::size_t begin = 0; begin < keys.size(); begin += numeric::kTensorCoreGroup) {
+    const std::size_t count = std::min<std::size_t>(numeric::kTensorCoreGroup, keys.size() - begin);
+    std::array<float, numeric::kTensorCoreGroup> latent;
+    for (std::size_t k = 0; k < count; ++k) latent[k] = keys[begin + k].latent[d];
+    sum = numeric::tensor_core_add(static_cast<float>(sum), std::span(p).subspan(begin, count),
+                                   std::span(latent).first(count));
   }
 }
 

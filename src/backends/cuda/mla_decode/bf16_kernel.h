@@ -15,10 +15,15 @@
 // P travels in fragment layout, thread to thread; copying warps issue plain bulk copies.
 //
 //   time   ->
-//   tensor   | QK e     | QK o     | PV e (L and R)   | PV o (L and R)   | QK e+2   | ...
-//   even     | issue QK | softmax e| PV e L           | PV o L           | issue QK |
-//   odd      |          | issue QK | PV e R, softmax o| PV o R           |          | issue QK
+//   tensor   | QK e     | QK o     | PV e R  | PV e L   | PV o (L and R)     | QK e+2 | ...
+//   even     |          | softmax e|         |          | issue PV o L, QK e+2        |
+//   odd      |          | PV e R   | softmax o          | issue PV o R       | issue QK o+2
 //   copies     slot 0 is refilled group by group during PV e, slot 1 during PV o
+//
+// The odd softmax needs all of PV e beside it, or the tensor core runs dry before P of the odd page
+// is there. So PV e R is queued behind QK o before that is awaited, and PV e L issued only when QK
+// o is done: started earlier, it would merely slow QK o down. The first groups of QK e+2 are queued
+// behind PV o L likewise.
 //
 // The tensor core is the limit at 128 rows: per tile 2304 clocks of QK and 2048 of PV. The ring has
 // two pages and no more fits, so what decides is how early each group of a page is released.
@@ -73,13 +78,13 @@ __device__ __forceinline__ Operand operand(const void* shared, std::uint32_t lea
   return {static_cast<std::uint32_t>(d), static_cast<std::uint32_t>(d >> 32)};
 }
 
-// Issues the scores of the page in the slot.
-template <int kSlot>
+// Issues groups kFrom to kTo - 1 of the scores of the page in the slot.
+template <int kSlot, int kFrom = 0, int kTo = kGroups>
 __device__ __forceinline__ void issue_scores(SharedStorage& s, std::uint32_t parity,
                                              float (&score)[32]) {
   const Operand query = operand(s.query, 16), keys = operand(s.keys[kSlot], 16);  // K-major
 #pragma unroll
-  for (int i = 0; i < kGroups; ++i) {
+  for (int i = kFrom; i < kTo; ++i) {
     const int g = group_order(kSlot, i);
     wait(s.full[kSlot][g], parity);
     ptx::wgmma_fence();
@@ -117,21 +122,22 @@ __device__ __forceinline__ void issue_values(SharedStorage& s, MathState& m) {
   }
 }
 
-// Awaits both and releases their chunks.
-template <int kSlot, int kHalf>
+// Awaits both and releases their chunks. kBehind: wgmma groups issued after them.
+template <int kSlot, int kHalf, int kBehind = 0>
 __device__ __forceinline__ void finish_values(SharedStorage& s, MathState& m) {
-  ptx::wgmma_wait<1>();
+  ptx::wgmma_wait<kBehind + 1>();
   arrive_warp(s.empty[kSlot][1 + kHalf * 2]);
-  ptx::wgmma_wait<0>();
+  ptx::wgmma_wait<kBehind>();
   arrive_warp(s.empty[kSlot][2 + kHalf * 2]);
+  if constexpr (kBehind > 0) return;  // touching O here would serialise those
   ptx::pin_registers(m.o[0]);
   ptx::pin_registers(m.o[1]);
 }
 
 // Awaits the scores of the page in the slot and releases its rope chunk.
-template <int kSlot>
+template <int kSlot, int kBehind = 0>
 __device__ __forceinline__ void finish_scores(SharedStorage& s, MathState& m) {
-  ptx::wgmma_wait<0>();
+  ptx::wgmma_wait<kBehind>();
   ptx::pin_registers(m.score);
   arrive_warp(s.empty[kSlot][0]);
 }
@@ -196,6 +202,7 @@ __device__ __forceinline__ void publish_p(SharedStorage& s, const MathState& m) 
 #pragma unroll
   for (int k = 0; k < 4; ++k)
     s.p[k][thread] = make_uint4(m.p[k][0], m.p[k][1], m.p[k][2], m.p[k][3]);
+  __syncwarp();  // the quad has read the reference that its first lane now writes
   if ((thread & 3) == 0) {
     const int row = (thread >> 5) * 16 + ((thread & 31) >> 2);
     s.reference[row] = m.rows.reference[0];
@@ -203,7 +210,8 @@ __device__ __forceinline__ void publish_p(SharedStorage& s, const MathState& m) 
   }
 }
 
-// Takes the other warpgroup's P, and its references if they have moved. O is not in flight.
+// Takes the other warpgroup's P, and its references if they have moved. O is not in flight; scores
+// may be, and are awaited before O is touched.
 __device__ __forceinline__ void adopt_p(const SharedStorage& s, MathState& m) {
   const int thread = thread_in_group();
 #pragma unroll
@@ -213,32 +221,40 @@ __device__ __forceinline__ void adopt_p(const SharedStorage& s, MathState& m) {
   }
   const int row = (thread >> 5) * 16 + ((thread & 31) >> 2);
   const float theirs[2] = {s.reference[row], s.reference[row + 8]};
-  if (__any_sync(kAllLanes, theirs[0] != m.rows.reference[0] || theirs[1] != m.rows.reference[1]))
+  if (__any_sync(kAllLanes, theirs[0] != m.rows.reference[0] || theirs[1] != m.rows.reference[1])) {
+    ptx::wgmma_wait<0>();
+    ptx::pin_registers(m.score);
     rescale_output(m, move_reference(m.rows, theirs[0], theirs[1]));
+  }
 }
 
 // ---- the two warpgroups ----
 
 // `page`: the even page of the tile, its scores complete. kTwo: the tile has an odd page. kNext: a
-// tile follows; its scores are complete on return. `order`: that tile has two pages.
-template <bool kTwo, bool kNext>
+// tile follows; its scores are complete on return. `order`: that tile has two pages. kEarly: groups
+// of its scores that are queued behind PV.
+template <int kEarly, bool kTwo, bool kNext>
 __device__ __forceinline__ void even_tile(SharedStorage& s, MathState& m, int page,
                                           std::uint32_t& parity, bool order) {
   static_assert(kTwo || !kNext, "only the last tile of an item may have one page");
   float2 rescale;
   if (softmax_page<0>(s, m, page, rescale)) rescale_output(m, rescale);
   publish_p(s, m);
-  issue_values<0, 0>(s, m);
   ptx::barrier_arrive(kEvenReady, 256);
+  if constexpr (kTwo) ptx::barrier_sync(kOddScored, 256);
+  issue_values<0, 0>(s, m);
   finish_values<0, 0>(s, m);
   if constexpr (kTwo) {
     ptx::barrier_sync(kOddReady, 256);
     adopt_p(s, m);
     issue_values<1, 0>(s, m);
-    finish_values<1, 0>(s, m);
-    if constexpr (kNext) {
+    if constexpr (!kNext) {
+      finish_values<1, 0>(s, m);
+    } else {
       ptx::pin_registers(m.score);
-      issue_scores<0>(s, parity, m.score);
+      issue_scores<0, 0, kEarly>(s, parity, m.score);
+      finish_values<1, 0, 1>(s, m);
+      issue_scores<0, kEarly, kGroups>(s, parity, m.score);
       if (order) ptx::barrier_arrive(kScoresIssued, 256);
       finish_scores<0>(s, m);
       ptx::pin_registers(m.o[0]);
@@ -248,13 +264,18 @@ __device__ __forceinline__ void even_tile(SharedStorage& s, MathState& m, int pa
   }
 }
 
-// `page`: the odd page of the tile, its scores complete. kNext: another odd page follows.
-template <bool kNext>
+// `page`: the odd page of the tile.
 __device__ __forceinline__ void odd_tile(SharedStorage& s, MathState& m, int page,
                                          std::uint32_t& parity) {
+  ptx::barrier_sync(kScoresIssued, 256);  // odd scores are issued after even ones
+  ptx::pin_registers(m.score);
+  issue_scores<1>(s, parity, m.score);
+  parity ^= 1;
   ptx::barrier_sync(kEvenReady, 256);
   adopt_p(s, m);
   issue_values<0, 1>(s, m);
+  finish_scores<1, 2>(s, m);
+  ptx::barrier_arrive(kOddScored, 256);
   // The softmax writes its own P: the registers of the even P are still being read.
   std::uint32_t even_p[4][4];
 #pragma unroll
@@ -269,13 +290,6 @@ __device__ __forceinline__ void odd_tile(SharedStorage& s, MathState& m, int pag
   if (moved) rescale_output(m, rescale);
   issue_values<1, 1>(s, m);
   finish_values<1, 1>(s, m);
-  if constexpr (kNext) {
-    ptx::barrier_sync(kScoresIssued, 256);  // odd scores are issued after even ones
-    ptx::pin_registers(m.score);
-    issue_scores<1>(s, parity, m.score);
-    finish_scores<1>(s, m);
-    parity ^= 1;
-  }
 }
 
 // Sets up an item; O and the sums start from zero.
@@ -299,6 +313,7 @@ __device__ __forceinline__ void begin_item(const DecodeParams& p, MathState& m, 
   m.unmasked = visible(row_begin);
 }
 
+template <int kEarly>
 __device__ __forceinline__ void compute_even(const DecodeParams& p, SharedStorage& s,
                                              int item_begin, int item_end, int row_begin) {
   MathState m;
@@ -318,12 +333,12 @@ __device__ __forceinline__ void compute_even(const DecodeParams& p, SharedStorag
     parity ^= 1;
     int page = pages.first;
     for (; page + 2 < pages.end; page += 2)
-      even_tile<true, true>(s, m, page, parity, page + 3 < pages.end);
+      even_tile<kEarly, true, true>(s, m, page, parity, page + 3 < pages.end);
     arrive_warp(s.query_empty);
     if (page + 1 < pages.end) {
-      even_tile<true, false>(s, m, page, parity, false);
+      even_tile<kEarly, true, false>(s, m, page, parity, false);
     } else {
-      even_tile<false, false>(s, m, page, parity, false);
+      even_tile<kEarly, false, false>(s, m, page, parity, false);
     }
     store_item<0>(p, s, item, m.o, m.rows, row_begin, item_parity);
   }
@@ -342,14 +357,8 @@ __device__ __forceinline__ void compute_odd(const DecodeParams& p, SharedStorage
     int page = pages.first + 1;
     if (page < pages.end) {
       wait(s.query_full, item_parity);
-      ptx::barrier_sync(kScoresIssued, 256);
-      ptx::pin_registers(m.score);
-      issue_scores<1>(s, parity, m.score);
-      finish_scores<1>(s, m);
-      parity ^= 1;
-      for (; page + 2 < pages.end; page += 2) odd_tile<true>(s, m, page, parity);
+      for (; page < pages.end; page += 2) odd_tile(s, m, page, parity);
       arrive_warp(s.query_empty);
-      odd_tile<false>(s, m, page, parity);
     } else {
       arrive_warp(s.query_empty);
     }
@@ -378,6 +387,7 @@ __device__ __forceinline__ void init_barriers(SharedStorage& s) {
   ptx::fence_mbarrier_init();
 }
 
+template <int kEarly>
 __global__ void __launch_bounds__(kThreads, 1)
     bf16_decode_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) std::uint8_t shared_bytes[];
@@ -400,7 +410,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else if (threadIdx.x < 256) {
     ptx::setmaxnreg_inc<kMathRegisters>();
-    compute_even(p, s, item_begin, item_end, row_begin);
+    compute_even<kEarly>(p, s, item_begin, item_end, row_begin);
   } else {
     ptx::setmaxnreg_inc<kMathRegisters>();
     compute_odd(p, s, item_begin, item_end, row_begin);

@@ -53,9 +53,10 @@ enum NamedBarrier : int {
   kEvenReady = 1,  // even warpgroup: P of the even page is written -> odd warpgroup
   kOddReady = 2,   // odd warpgroup: P of the odd page is written -> even warpgroup
   kScoresIssued =
-      3,          // even warpgroup: its scores are all issued -> odd warpgroup may issue its own
-  kItemDone = 4,  // both warpgroups: row sums of an item are written
-  kFilled = 5,    // + warpgroup: its zeros past the end of a request are written -> itself
+      3,           // even warpgroup: its scores are all issued -> odd warpgroup may issue its own
+  kOddScored = 7,  // odd warpgroup: its scores are complete -> even warpgroup may issue PV e L
+  kItemDone = 4,   // both warpgroups: row sums of an item are written
+  kFilled = 5,     // + warpgroup: its zeros past the end of a request are written -> itself
 };
 
 }  // namespace snapmla::cuda::bf16_decode

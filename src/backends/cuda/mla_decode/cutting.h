@@ -87,26 +87,28 @@ SNAPMLA_HD Piece piece_at(int parts, const Cutting& how, const Pieces& pieces, i
   return {part, cut(part), cut(part + 1)};
 }
 
-// What one piece a part costs, in hundredths of a microsecond: a tile, a split in combine, and,
-// from 33 rows on, all SMs at work at once: with half of them, of each pair of SMs one, a tile's
-// keys arrive sooner. From sweeps on an H200 (docs/notes/fp8-decode-hopper.md, variant 26).
+// What one piece a part costs, in hundredths of a microsecond: a tile, a split in combine, a
+// request that is cut (its partial results, written and read), and, from 33 rows on, all SMs at
+// work at once: with half of them, of each pair of SMs one, a tile's keys arrive sooner. From
+// sweeps on an H200 (docs/notes/fp8-decode-hopper.md, variants 26 and 41).
 struct OneEachCosts {
-  int tile, split, crowd;
+  int tile, split, cut, crowd;
 };
 
 SNAPMLA_HD OneEachCosts one_each_costs(int rows) {
-  return rows <= 32   ? OneEachCosts{120, 5, 0}
-         : rows <= 64 ? OneEachCosts{220, 2, 350}
-                      : OneEachCosts{220, 2, 200};
+  return rows <= 32   ? OneEachCosts{120, 5, rows <= 16 ? 2 : 4, 0}
+         : rows <= 64 ? OneEachCosts{220, 2, 14, 350}
+                      : OneEachCosts{220, 2, rows / 4, 200};
 }
 
 inline constexpr int kCandidates = 32;  // limits that are compared
 
-// Time of `pieces` pieces of up to `longest` tiles, at most `splits` of one request.
+// Time of `pieces` pieces of up to `longest` tiles, at most `splits` of one request; `cuts`
+// requests have more than one.
 SNAPMLA_HD int one_each_time(const OneEachCosts& costs, int parts, int longest, int splits,
-                             int pieces) {
+                             int pieces, int cuts) {
   const int crowded = 2 * pieces - parts;
-  return longest * costs.tile + splits * costs.split +
+  return longest * costs.tile + splits * costs.split + cuts * costs.cut +
          (crowded > 0 ? costs.crowd * crowded / parts : 0);
 }
 

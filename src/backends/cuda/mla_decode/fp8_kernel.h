@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     const int warp = thread >> 5;
     if (warp == 0) {
       if (thread == 0) {
-        copy_pages<Traits>(p, s, items);
+        copy_pages(p, s, items);
         griddepcontrol_launch_dependents();  // combine may come while the last tiles are computed
       }
     } else if (warp == 1) {

@@ -21,9 +21,6 @@ struct Fp8DecodeTraits {
   static_assert(kPBlock == 64 || kPBlock == 128, "P is quantised per 64 or 128 tokens");
   static constexpr int kBlocks = kTileTokens / kPBlock;  // P blocks of a tile
   static constexpr bool kTransposedScores = kRows < 64;  // fp8_score_few.h
-  // PERF: a page that only one row tile reads need not stay in L2: 1.5% at 16 rows. Not asked at
-  // run time for 64 rows: another order of instructions there costs 128 rows 1%.
-  static constexpr bool kReadOnce = kRows < 64;
   static constexpr int kStages = 2;
   static constexpr int kThreads = 512;
   // Registers per thread: 128 * (24 + scores + 2 * pv) = 65,536 at most. With fewer rows O is

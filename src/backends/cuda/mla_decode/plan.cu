@@ -119,20 +119,22 @@ __device__ Cutting cut_one_each(const PlanArgs& a, long long total_tiles, long l
   const int warp = static_cast<int>(threadIdx.x) >> 5, lane = static_cast<int>(threadIdx.x) & 31;
   static_assert(kPlanThreads / 32 == kCandidates);
   const int limit = max(1, static_cast<int>((total_tiles + a.parts - 1) / a.parts)) + warp;
-  int longest = 0, splits = 0, pieces = 0;
+  int longest = 0, splits = 0, pieces = 0, cuts = 0;
   for (int b = lane; b < a.batch; b += 32) {
     const int tiles = tiles_of(length_of(a, b)), count = (tiles + limit - 1) / limit;
     if (tiles == 0) continue;
     longest = max(longest, (tiles + count - 1) / count);
     splits = max(splits, count);
     pieces = min(pieces + count, kMaxParts + 1);  // of more than 32 requests, too, no overflow
+    if (count > 1) cuts = min(cuts + 1, kMaxParts + 1);
   }
   longest = __reduce_max_sync(~0u, longest);
   splits = __reduce_max_sync(~0u, splits);
   pieces = __reduce_add_sync(~0u, pieces);
+  cuts = __reduce_add_sync(~0u, cuts);
   if (lane == 0 && pieces <= a.parts) {
     const OneEachCosts costs = one_each_costs(a.rows);
-    const long long time = one_each_time(costs, a.parts, longest, splits, pieces);
+    const long long time = one_each_time(costs, a.parts, longest, splits, pieces, cuts);
     if (time <= stream_time(costs, share))
       atomicMin(best, time << 32 | static_cast<long long>(pieces) << 16 | warp);
   }
