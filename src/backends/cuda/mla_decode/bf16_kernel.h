@@ -211,7 +211,8 @@ __device__ __forceinline__ void publish_p(SharedStorage& s, const MathState& m) 
 }
 
 // Takes the other warpgroup's P, and its references if they have moved. O is not in flight; scores
-// may be, and are awaited before O is touched.
+// may be. They are not awaited in the branch, which not all warps of the warpgroup take: synccheck
+// calls that an error.
 __device__ __forceinline__ void adopt_p(const SharedStorage& s, MathState& m) {
   const int thread = thread_in_group();
 #pragma unroll
@@ -222,8 +223,6 @@ __device__ __forceinline__ void adopt_p(const SharedStorage& s, MathState& m) {
   const int row = (thread >> 5) * 16 + ((thread & 31) >> 2);
   const float theirs[2] = {s.reference[row], s.reference[row + 8]};
   if (__any_sync(kAllLanes, theirs[0] != m.rows.reference[0] || theirs[1] != m.rows.reference[1])) {
-    ptx::wgmma_wait<0>();
-    ptx::pin_registers(m.score);
     rescale_output(m, move_reference(m.rows, theirs[0], theirs[1]));
   }
 }
@@ -268,6 +267,9 @@ __device__ __forceinline__ void even_tile(SharedStorage& s, MathState& m, int pa
 __device__ __forceinline__ void odd_tile(SharedStorage& s, MathState& m, int page,
                                          std::uint32_t& parity) {
   ptx::barrier_sync(kScoresIssued, 256);  // odd scores are issued after even ones
+  ptx::wgmma_wait<0>();  // nothing is in flight: ptxas learns that adopt_p may touch O beside them
+  ptx::pin_registers(m.o[0]);
+  ptx::pin_registers(m.o[1]);
   ptx::pin_registers(m.score);
   issue_scores<1>(s, parity, m.score);
   parity ^= 1;
