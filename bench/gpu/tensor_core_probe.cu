@@ -1,6 +1,7 @@
 #include "tensor_core_probe.h"
 
 #include <stdexcept>
+#include <string>
 
 #include "backends/cuda/ptx/fence.h"
 #include "backends/cuda/ptx/mbarrier.h"
@@ -24,7 +25,7 @@ __device__ void swizzle(const std::uint8_t* from, std::uint8_t* to, int rows) {
   }
 }
 
-// Accumulators of `columns` columns from `first` on; see wgmma_fp8.h for who holds what.
+// Accumulators of the columns from `first` on; see wgmma_fp8.h for who holds what.
 template <int kCount>
 __device__ void store(const float (&d)[kCount], int step, int first, float* out) {
   const int thread = static_cast<int>(threadIdx.x), lane = thread & 31;

@@ -18,17 +18,28 @@ Keys read_keys(const Problem& p, std::int64_t b) {
   return keys;
 }
 
-// One instruction of the tensor core: everything cut to a multiple of 2^-13 of the leading bit.
-double cut_sum(double accumulator, const double* products, std::size_t n) {
-  double largest = std::fabs(accumulator), sum = 0;
-  for (std::size_t i = 0; i < n; ++i) largest = std::max(largest, std::fabs(products[i]));
-  if (largest == 0) return 0;
+// The power of two at or below |x|; of an e4m3 value (`smallest` 2^-6) never below its subnormals'.
+double power_of(double x, double smallest) {
+  if (x == 0) return 0;
   int exponent;
-  std::frexp(largest, &exponent);
-  const double unit = std::ldexp(1.0, exponent - 14);
-  const auto cut = [unit](double x) { return unit * std::trunc(x / unit); };
-  for (std::size_t i = 0; i < n; ++i) sum += cut(products[i]);
-  return cut(accumulator) + sum;
+  std::frexp(x, &exponent);
+  return std::max(std::ldexp(1.0, exponent - 1), smallest);
+}
+
+// One instruction of the tensor core: accumulator and products cut to a multiple of 2^-13 of the
+// largest power of two, for a product that of its operands; the sum cut to 2^-13 of its own.
+double cut_sum(double accumulator, const double* a, const double* b, std::size_t n) {
+  double largest = power_of(accumulator, 0), sum = 0;
+  for (std::size_t i = 0; i < n; ++i)
+    largest = std::max(largest, power_of(a[i], 0x1p-6) * power_of(b[i], 0x1p-6));
+  if (largest == 0) return 0;
+  const auto cut = [](double x, double power) {
+    const double unit = power * 0x1p-13;
+    return unit * std::trunc(x / unit);
+  };
+  for (std::size_t i = 0; i < n; ++i) sum += cut(a[i] * b[i], largest);
+  sum += cut(accumulator, largest);
+  return sum == 0 ? 0 : cut(sum, power_of(sum, 0));
 }
 
 // Rows of splits in the state of the scheme: out is O (not divided), in units of 2^reference.
@@ -67,12 +78,12 @@ void add_block(const Shape& s, const std::vector<double>& y, const Keys& keys, s
     }
     return;
   }
-  std::vector<double> products(p.size());
+  std::vector<double> codes(p.size());
   for (std::size_t d = 0; d < 512; ++d) {
     double t = one_level ? state.out[d] / sigma : 0;
-    for (std::size_t j = 0; j < p.size(); ++j) products[j] = p[j] * keys.key(begin + j)[d];
+    for (std::size_t j = 0; j < p.size(); ++j) codes[j] = keys.key(begin + j)[d];
     for (std::size_t j = 0; j < p.size(); j += 32)
-      t = cut_sum(t, &products[j], std::min<std::size_t>(32, p.size() - j));
+      t = cut_sum(t, &p[j], &codes[j], std::min<std::size_t>(32, p.size() - j));
     state.out[d] = one_level ? sigma * t : state.out[d] + sigma * t;
   }
 }

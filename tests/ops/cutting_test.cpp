@@ -153,7 +153,7 @@ TEST(Cutting, OnePieceAPartLeavesSmsFreeWhereThatIsFaster) {
   constexpr int kWhole = 5;
   EXPECT_EQ(best(128, 13, 5), 1);
   EXPECT_EQ(best(128, 17, 5), 2);
-  EXPECT_GE(best(128, 20, 5), kWhole);  // in three 20.6 us, in two 21 or more, whole 19.9
+  EXPECT_GE(best(128, 20, 5), kWhole);  // in three 20.6 us, whole 19.9
   EXPECT_GE(best(128, 32, 5), kWhole);
   EXPECT_EQ(best(64, 20, 5), 1);
   EXPECT_EQ(best(64, 24, 5), 2);

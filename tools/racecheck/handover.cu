@@ -16,7 +16,7 @@
 // instructions of its own, as at the end of an item. `handover quad` is `seesaw` with words that
 // four lanes read and one of them writes, after __syncwarp.
 //
-// Every thread checks what it read, round by round: a program with a race would fail itself.
+// In those with rounds every thread checks what it read in each: a stale word fails the program.
 #include <cuda_runtime.h>
 
 #include <cstdio>

@@ -54,9 +54,9 @@ enum NamedBarrier : int {
   kOddReady = 2,   // odd warpgroup: P of the odd page is written -> even warpgroup
   kScoresIssued =
       3,           // even warpgroup: its scores are all issued -> odd warpgroup may issue its own
-  kOddScored = 7,  // odd warpgroup: its scores are complete -> even warpgroup may issue PV e L
   kItemDone = 4,   // both warpgroups: row sums of an item are written
   kFilled = 5,     // + warpgroup: its zeros past the end of a request are written -> itself
+  kOddScored = 7,  // odd warpgroup: its scores are complete -> even warpgroup may issue PV e L
 };
 
 }  // namespace snapmla::cuda::bf16_decode
