@@ -74,43 +74,9 @@ def sanitizer_errors(log):
     return sum(int(n) for n in found + hazards)
 
 
-# Where racecheck loses track: shared memory that changes hands several times through named barriers
-# which each side awaits or announces with an instruction of its own. tools/racecheck/handover.cu has
-# these patterns and no race; a report counts as the tool's only where it reports them as well, and
-# only for the words named here, which the source says at the lines of the report.
-HAND_OVERS = {("publish_p", "adopt_p"): {"s.p[": "seesaw", "s.reference[": "quad"},
-              ("store_item", "store_item"): {"s.row_sums[": "items"}}
-# It has made 42 to 46 reports in those functions; many more would be something new.
-MOST_EXPLAINED = 60
-
-
-def source_line(sources, name, number):
-    """A line of a file below `sources`, by the file's name; empty when there is no such line."""
-    for path in sources.rglob(name):
-        lines = path.read_text(errors="replace").splitlines()
-        return lines[number - 1] if 0 < number <= len(lines) else ""
-    return ""
-
-
-def explained_hazards(log, handover, sources):
-    """How many of racecheck's reports lie wholly in a hand-over of the BF16 kernel that it misjudges elsewhere too."""
-    access = r"(?:Write|Read) access at (?:void )?(?:\w+::)*(\w+)::(\w+)(?:<[^>]*>)?\(.* in ([\w.]+):(\d+)"
-    count = 0
-    for first, others in re.findall(r"Race reported between ([^\n]*)\n((?:=+\s+and [^\n]*\n)+)", log):
-        sides = [re.match(access, first)]
-        sides += [re.match(access, other) for other in re.findall(r"=+\s+and ([^\n]*)", others)]
-        if not all(sides) or any(side.group(1) != "bf16_decode" for side in sides):
-            continue
-        known = True
-        for side in sides[1:]:
-            names = (sides[0].group(2), side.group(2))
-            words = HAND_OVERS.get(names) or HAND_OVERS.get(names[::-1]) or {}
-            known = known and any(
-                bool(handover.get(pattern)) and all(
-                    word in source_line(sources, one.group(3), int(one.group(4))) for one in (sides[0], side))
-                for word, pattern in words.items())
-        count += known
-    return count if count <= MOST_EXPLAINED else 0
+# tools/racecheck/handover.cu: hand-overs as the kernels' build for racecheck has them, and the same with
+# a wait left out. racecheck's word counts where it keeps quiet of the former and reports the latter.
+SOUND_HANDOVERS, RACES = ("all", "seesaw-mbarrier"), ("late", "early")
 
 
 def handover_hazards(folder):
@@ -124,30 +90,29 @@ def handover_hazards(folder):
     return result
 
 
-def judge_sanitizer(folder, tools, sources=pathlib.Path(__file__).resolve().parents[1] / "src"):
+def judge_sanitizer(folder, tools):
     """Each tool must say that it found nothing, and the tests below it must have run and passed."""
-    handover = handover_hazards(folder)
     result, ok = {}, True
     for tool in tools:
         log = (folder / f"{tool}.log").read_text(errors="replace") if (folder / f"{tool}.log").exists() else ""
         status_file = folder / f"{tool}.status"
         status = int(status_file.read_text()) if status_file.exists() else -1
-        errors = sanitizer_errors(log)
-        explained = explained_hazards(log, handover, sources) if tool == "racecheck" else 0
-        if errors and errors == explained:
-            status = 0 if status == 99 else status  # 99: --error-exitcode
         part = judge_gtest(load(folder / f"{tool}.json"), status)
-        part["errors"] = None if errors is None else errors - explained
-        if tool == "racecheck":
-            part["explained_by_handover"] = explained
+        part["errors"] = sanitizer_errors(log)
         if part["errors"] is None:
             part["why"] = "the tool gave no summary: " + " / ".join(log.strip().splitlines()[-3:])[:400]
         elif part["errors"]:
             part["why"] = f"{part['errors']} errors; the first: " + first_error(log)
-        part["ok"] = part["ok"] and part["errors"] == 0
+        if tool == "racecheck":
+            part["hazards_of_handover"] = handover = handover_hazards(folder)
+            blind = [name for name in RACES if not handover.get(name)]
+            lost = [name for name in SOUND_HANDOVERS if handover.get(name) != 0]
+            if blind or lost:
+                part.setdefault("why", f"racecheck cannot be trusted: handover {' '.join(blind + lost)}")
+        part["ok"] = "why" not in part
         ok = ok and part["ok"]
         result[tool] = part
-    return {"ok": ok, "tools": result, "racecheck_hazards_of_handover": handover}
+    return {"ok": ok, "tools": result}
 
 
 def first_error(log):

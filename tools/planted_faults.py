@@ -153,6 +153,16 @@ FAULTS = [
      [("const std::int64_t target = r.fed + t + 1;", "const std::int64_t target = r.fed + t;")], "quality", "Quality.Tasks*"),
     ("resume-other-windows", "a finished unit done again", "src/quality/evaluation.cpp",
      [("      if (journal_->has(unit.name())) continue;\n", "")], "quality", "Quality.AStopped*"),
+    ("tensor-core-exponent", "the exponent of a product instead of its operands'", "src/numeric/tensor_core.h",
+     [("const int e = e4m3_exponent(a[k]) + e4m3_exponent(b[k]);", "const int e = std::ilogb(a[k] * b[k]);")],
+     "numeric", "TensorCoreModel.*"),
+    ("tensor-core-sum-uncut", "the tensor core's sum not cut itself", "src/numeric/tensor_core.h",
+     [("return tensor_core_cut(static_cast<float>(sum * step));", "return static_cast<float>(sum * step);")],
+     "numeric", "TensorCoreModel.*"),
+    ("study-codes", "study decode takes value / scale for the code", "src/backends/cpu/mla_decode.cpp",
+     [("numeric::snap_to_e4m3(keys[d] / s.scale[t + j])", "keys[d] / s.scale[t + j]")], "quality", "StudyDecode.*"),
+    ("cut-for-nothing", "cutting a request costs the plan nothing", "src/backends/cuda/mla_decode/cutting.h",
+     [("cuts * costs.cut", "0 * cuts * costs.cut")], "ops", "*utting*"),
 ]
 
 

@@ -343,7 +343,10 @@ ReferenceResult reference_attention(const ReferenceProblem& problem,
                                     PEmulation emulation) {
   const bool whole =
       emulation == PEmulation::kTensorCore64 || emulation == PEmulation::kTensorCore128;
-  if (whole && (problem.cache.element != DType::kE4M3 || problem.q_element != DType::kE4M3)) {
+  const bool sums =
+      whole || emulation == PEmulation::kOneLevel64 || emulation == PEmulation::kTwoLevel64;
+  if ((sums && problem.cache.element != DType::kE4M3) ||
+      (whole && problem.q_element != DType::kE4M3)) {
     throw std::invalid_argument(
         "emulation: got the tensor core's sums of a cache or query that is "
         "not e4m3, accepted are e4m3 ones");

@@ -59,7 +59,8 @@ struct ReferenceRow {
 // of the scores added up by the tensor core too, one chain of 16 groups of 32 in the order in which
 // the FP8 kernel takes them, and l from f16 sums of eight products with f16 factors s_min / s_j, as
 // the kernel for more than 32 rows forms it: what that kernel computes where a row sees all tokens
-// of its last block (s_min is of those it sees here, of those that exist there).
+// of its last block (s_min is of those it sees here, of those that exist there). These four are for
+// an e4m3 cache, the last two for an e4m3 query as well.
 enum class PEmulation {
   kExact,
   kBlock64,

@@ -1,5 +1,5 @@
 // A model of how Hopper's tensor cores add FP8 products, bit for bit
-// (tests/cuda/tensor_core_test.cu holds it to an H200's wgmma):
+// (tests/cuda/tensor_core_test.cpp holds it to an H200's wgmma):
 //
 //   e_k = exponent(a_k) + exponent(b_k)        of the operands, subnormals -6: not of the product
 //   E   = max(e_k of all products that are not 0, exponent(accumulator))
@@ -11,10 +11,13 @@
 // et al., "MMA-Sim" (arXiv 2511.10909); DeepSeek-V3 report, section 3.3.2, has the consequences.
 #pragma once
 
-#include <bit>
+#include <cassert>
 #include <cmath>
 #include <cstdint>
 #include <span>
+
+#include "numeric/float_types.h"
+#include "numeric/hd.h"
 
 namespace snapmla::numeric {
 
@@ -27,15 +30,48 @@ inline int e4m3_exponent(float value) {
   return e < -6 ? -6 : e;
 }
 
-// Cut towards zero to kTensorCoreBits significant bits.
-inline float tensor_core_cut(float x) {
-  return std::bit_cast<float>(std::bit_cast<std::uint32_t>(x) &
-                              ~((1u << (24 - kTensorCoreBits)) - 1));
+// 2 to that exponent, 0 for 0.
+SNAPMLA_HD float e4m3_power(float x) {
+  const float power = float_of(bits_of(x) & 0x7f800000u);
+  return x == 0.0f ? 0.0f : power < 0x1p-6f ? 0x1p-6f : power;
 }
 
-// accumulator + sum of a_k b_k. a, b: e4m3 values, as many of each, at most kTensorCoreGroup.
+// Cut towards zero to kTensorCoreBits significant bits.
+SNAPMLA_HD float tensor_core_cut(float x) {
+  return float_of(bits_of(x) & ~((1u << (24 - kTensorCoreBits)) - 1));
+}
+
+// 2^(E - 13) and its reciprocal, for the largest of the accumulator's magnitude and the products of
+// e4m3_power. Exponents near the ends of f32 do not occur with operands of at most 448, except for
+// an accumulator that has faded to nothing: no step is below 2^-100.
+struct TensorCoreStep {
+  float step, inverse;
+};
+SNAPMLA_HD TensorCoreStep tensor_core_step(float largest) {
+  const std::uint32_t low = 40u << 23, high = 240u << 23, e = bits_of(largest) & 0x7f800000u;
+  const std::uint32_t s = (e < low    ? low
+                           : e > high ? high
+                                      : e) -
+                          (static_cast<std::uint32_t>(kTensorCoreBits - 1) << 23);
+  return {float_of(s), float_of((254u << 23) - s)};
+}
+
+// The e4m3 value that x is up to the rounding of a few f32 operations, or x: what is left of a code
+// after f32(code * scale) / scale, one ulp below a power of two, has the wrong exponent.
+SNAPMLA_HD float snap_to_e4m3(float x) {
+  const float size = float_of(bits_of(x) & 0x7fffffffu);
+  float code = float_of((bits_of(size) + 0x80000u) & 0xfff00000u);
+  if (size < 0x1p-6f) code = (size + 0x1.8p14f) - 0x1.8p14f;  // multiples of 2^-9
+  const float off = code - size;
+  const bool close = (off < 0.0f ? -off : off) <= 0x1p-21f * size;
+  return close ? float_of(bits_of(code) | (bits_of(x) & 0x80000000u)) : x;
+}
+
+// accumulator + sum of a_k b_k. a, b: e4m3 values, as many of each, at most kTensorCoreGroup. Where
+// something is not finite, the plain sum.
 inline float tensor_core_add(float accumulator, std::span<const float> a,
                              std::span<const float> b) {
+  assert(a.size() == b.size() && a.size() <= kTensorCoreGroup);
   constexpr int kNone = -1000;
   int largest = accumulator != 0.0f && std::isfinite(accumulator) ? std::ilogb(accumulator) : kNone;
   float plain = accumulator;

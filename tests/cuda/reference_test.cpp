@@ -280,6 +280,17 @@ std::vector<double> tensor_core_row(const HostCopy& host, const gpu::ProblemShap
   return out;
 }
 
+TEST_F(CudaSmallReference, TheTensorCoresSumsAreOfE4m3Only) {
+  gpu::Problem problem(small_shape(KvCacheFormat::kBf16, PageImage::kSwizzled128), uneven_data(24));
+  const auto reference = problem.reference();
+  for (const auto emulation : {gpu::PEmulation::kOneLevel64, gpu::PEmulation::kTwoLevel64,
+                               gpu::PEmulation::kTensorCore64, gpu::PEmulation::kTensorCore128}) {
+    EXPECT_THROW(gpu::reference_attention(reference, gpu::all_rows(reference), nullptr, emulation),
+                 std::invalid_argument)
+        << static_cast<int>(emulation);
+  }
+}
+
 TEST_F(CudaSmallReference, TensorCoreEmulationEqualsAPlainHostLoop) {
   const Rounding kinds[] = {{gpu::PEmulation::kTensorCore64, 64, true, true},
                             {gpu::PEmulation::kTensorCore128, 128, true, true},

@@ -92,6 +92,29 @@ TEST_F(CudaStudySmall, DecodeAgreesWithTheHost) {
   }
 }
 
+// Equal scales and no score: P is 448 throughout, and every cut is the host's (study_test.cpp).
+TEST_F(CudaStudySmall, WherePIsConstantEveryCutIsTheHosts) {
+  const auto host = cpu::make_cpu_backend(2);
+  quality::StudyShape shape{{300, 64, 1}, 2, 5};
+  shape.softmax_scale = 1e-30f;
+  StoreRule rule;
+  rule.scale = StoreScale::kStatic;
+  rule.static_scale = 0.013f;
+  for (const Accumulation accumulation :
+       {Accumulation::kTensorCore, Accumulation::kTensorCoreOneLevel}) {
+    std::vector<std::vector<float>> out;
+    for (ops::OpSet* ops : {host.get(), ops_.get()}) {
+      StudyProblem p(shape, 27, *ops);
+      ops::StudyDecodeArgs a{p.decode_args(p.fill(KvCacheFormat::kF32, &rule)),
+                             {128, true, accumulation}};
+      a.decode.num_splits = 1;
+      ops->study_decode(a);
+      out.push_back(p.out(a.decode));
+    }
+    EXPECT_LT(quality::relative(out[1], out[0]), 1e-6) << static_cast<int>(accumulation);
+  }
+}
+
 TEST_F(CudaStudySmall, TheSchemesSettingsGiveWhatTheKernelGives) {
   StudyProblem p({{300, 64, 1}, 2, 5}, 25, *ops_);
   const StoreRule rule;

@@ -193,5 +193,27 @@ TEST(TensorCoreModel, CutsAtTheLargestExponentOfOperandsAndAtTheSumsOwn) {
   EXPECT_TRUE(is_nan(add(0, {1, quiet_nan()}, {1, 1})));
 }
 
+TEST(TensorCoreModel, CodesComeBackFromValueOverScale) {
+  std::mt19937 rng(10);
+  std::uniform_real_distribution<float> exponent(-20.0f, 20.0f);
+  int off = 0;
+  for (int i = 0; i < 200; ++i) {
+    const float scale = std::exp2(exponent(rng));
+    for (int bits = 0; bits < 256; ++bits) {
+      const float code = e4m3_to_float(Float8E4M3{static_cast<std::uint8_t>(bits)});
+      if (is_nan(code)) continue;
+      const float back = code * scale / scale;
+      off += back != code;
+      EXPECT_EQ(snap_to_e4m3(back), code) << bits << " " << scale;
+    }
+  }
+  EXPECT_GT(off, 1000) << "nothing had to be done";
+  for (const float x : {1.001f, 0.9999f, 0x1p-10f, 0x1.8p-9f, 0x1p-9f * 1.01f, 600.0f, INFINITY})
+    EXPECT_EQ(snap_to_e4m3(x), x);  // what is no code stays
+  EXPECT_EQ(snap_to_e4m3(std::nextafter(1.0f, 0.0f)), 1.0f);
+  EXPECT_EQ(snap_to_e4m3(-std::nextafter(0x1p-6f, 0.0f)), -0x1p-6f);
+  EXPECT_TRUE(is_nan(snap_to_e4m3(quiet_nan())));
+}
+
 }  // namespace
 }  // namespace snapmla::numeric

@@ -214,7 +214,6 @@ TEST(StudyDecode, TheSchemesSettingsGiveWhatDecodeGives) {
       study.numerics.p_block = p_block;
       study.decode.num_splits = splits;
       ops->study_decode(study);
-      // Codes come back as value / scale, an ulp off now and then: a P code may flip.
       EXPECT_LT(relative(p.out(study.decode), p.out(real)), 3e-4) << p_block << " " << splits;
       study.numerics.p_block = 192 - p_block;
       ops->study_decode(study);
@@ -245,6 +244,31 @@ TEST(StudyDecode, TensorCoreSumsAreTheModels) {
                  to_exact = relative(cut, p.out(study.decode));
     EXPECT_LT(to_model, two_level ? 3e-4 : 1e-3);
     EXPECT_GT(to_exact, 3 * to_model) << "cutting has no effect";
+  }
+}
+
+// Equal scales and no score: P is 448 throughout, and every cut is the model's. An exponent of the
+// product instead of its operands', or a sum that is not cut itself, is 1e-5 and more off.
+TEST(StudyDecode, WherePIsConstantEveryCutIsTheModels) {
+  const auto ops = cpu_ops(), ref = ref::make_ref_backend();
+  quality::StudyShape shape{{700, 64, 5}, 1, 2};
+  shape.softmax_scale = 1e-30f;
+  StoreRule rule;
+  rule.scale = numeric::StoreScale::kStatic;
+  rule.static_scale = 0.013f;
+  for (const bool two_level : {true, false}) {
+    StudyProblem p(shape, 13, *ops), q(shape, 13, *ref);
+    MlaDecodeArgs real = q.decode_args(q.fill(KvCacheFormat::kFp8, &rule));
+    real.numerics = {128, two_level, true};
+    real.num_splits = 1;
+    ref->mla_decode(real);
+    ops::StudyDecodeArgs study{p.decode_args(p.fill(KvCacheFormat::kF32, &rule)), {}};
+    study.decode.num_splits = 1;
+    study.numerics.accumulation =
+        two_level ? Accumulation::kTensorCore : Accumulation::kTensorCoreOneLevel;
+    ops->study_decode(study);
+    // In one chain the sum goes through f32 in units of sigma between blocks.
+    EXPECT_LT(relative(p.out(study.decode), q.out(real)), two_level ? 1e-6 : 1e-5);
   }
 }
 

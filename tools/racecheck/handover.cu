@@ -1,22 +1,26 @@
-// Does compute-sanitizer's racecheck follow a hand-over of shared memory through an mbarrier?
+// What compute-sanitizer's racecheck follows of hand-overs of shared memory, and what it does not.
 //
-// One warp writes 32 words, another reads them. `handover one` is how the decode kernels do it:
-// __syncwarp orders the warp's writes before the arrival of its lane 0 (PTX memory model: barrier
-// synchronisation is morally strong, and the arrival releases what was observed before it), so the
-// program has no race. racecheck reports one all the same. `handover all`, where every lane
-// arrives, is clean: the build for racecheck (SNAPMLA_CUDA_RACECHECK) does that. `handover named`
-// hands over through a named barrier of two of the CTA's three warps, `handover arrive` through one
-// at which the writer only arrives.
+//   one      a warp writes 32 words and another reads them, after an mbarrier at which lane 0
+//            arrives for its warp, as in the decode kernels. __syncwarp orders the warp's writes
+//            before that arrival (PTX memory model: barrier synchronisation is morally strong, and
+//            the arrival releases what was observed before it), so there is no race; racecheck
+//            reports one all the same.
+//   all      the same, where every lane arrives: nothing to report.
+//   seesaw   two groups of four warps take turns with one buffer, through named barriers at which
+//            one side arrives and the other waits, as in the BF16 decode kernel: whoever writes a
+//            word has read it itself. No race, but reported.
+//   seesaw-mbarrier
+//            the same through HandOverBarriers as the build for racecheck has them: nothing to
+//            report.
+//   late, early
+//            one round of that, where the reader does not wait for the writer, or the writer writes
+//            again without waiting for the reader: races.
 //
-// `handover pair` and `handover seesaw` are the same with groups of four warps and several rounds,
-// as in the BF16 decode kernel: two groups exchange sums through a barrier that both await, and
-// take turns with one buffer, through barriers at which one side arrives and the other waits. In
-// both, whoever writes a word again has read it itself, or has met all of its readers since.
-// `handover items` is `pair` after exchanges through three other barriers, each group with barrier
-// instructions of its own, as at the end of an item. `handover quad` is `seesaw` with words that
-// four lanes read and one of them writes, after __syncwarp.
-//
-// In those with rounds every thread checks what it read in each: a stale word fails the program.
+// So the build for racecheck (SNAPMLA_CUDA_RACECHECK) does as `all` and `seesaw-mbarrier` do, and
+// tools/gpu demands that these two are not reported and that `late` and `early` are. Where there is
+// no race every thread checks what it read in each round: a stale word fails the program.
+#define SNAPMLA_CUDA_RACECHECK
+
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -26,6 +30,8 @@
 #include "backends/cuda/ptx/mbarrier.h"
 
 namespace ptx = snapmla::cuda::ptx;
+
+constexpr int kGroup = 128, kRounds = 4, kWords = 34;  // the last two count wrong words
 
 template <bool kAll>
 __global__ void handover(int* out) {
@@ -45,109 +51,73 @@ __global__ void handover(int* out) {
   }
 }
 
-template <bool kArriveOnly>
-__global__ void handover_named(int* out) {
-  __shared__ int words[32];
-  const int lane = static_cast<int>(threadIdx.x & 31);
-  if (threadIdx.x >= 64) return;  // the third warp does something else
-  if (threadIdx.x < 32) words[lane] = 3 * lane;
-  if (kArriveOnly && threadIdx.x < 32) {
-    ptx::barrier_arrive(1, 64);
-  } else {
-    ptx::barrier_sync(1, 64);
-  }
-  if (threadIdx.x >= 32) out[lane] = words[(lane * 7) & 31];
-}
+// What the kernels run with outside of the build for racecheck.
+struct NamedBarriers {
+  __device__ void init(int, int) {}
+  __device__ void sync(int barrier, int threads) { ptx::barrier_sync(barrier, threads); }
+  __device__ void arrive(int barrier, int threads) { ptx::barrier_arrive(barrier, threads); }
+};
 
-constexpr int kGroup = 128, kRounds = 4, kWords = 33;  // the last counts wrong words
+// Thread t of a group reads what thread t of the other wrote, and writes there next; then all lanes
+// of a quad read what its first lane wrote.
+enum class Wait { kAll, kReaderForgets, kWriterForgets };
 
-// What main expects of 32 lanes; each wrong word of any thread is counted.
-__device__ void report(int* out, bool first_group, int thread, bool right) {
-  if (!right) atomicAdd(out + 32, 1);
-  if (first_group && thread < 32) out[thread] = 3 * (thread * 7 & 31);
-}
-
-// Words of round n lie in buffer n % 2: before round n + 2 writes there, all have met in n + 1.
-__global__ void handover_pair(int* out) {
-  __shared__ int words[2][2][kGroup];
+template <class Barriers, Wait kWait = Wait::kAll>
+__global__ void seesaw(int* out) {
+  __shared__ int words[kGroup], quads[kGroup / 4];
+  __shared__ Barriers barriers;
   const int group = static_cast<int>(threadIdx.x) / kGroup;
   const int thread = static_cast<int>(threadIdx.x) % kGroup;
-  if (group == 2) return;
-  bool right = true;
-  for (int round = 0; round < kRounds; ++round) {
-    words[round % 2][group][thread] = round * 1000 + group * 500 + thread;
-    ptx::barrier_sync(1, 2 * kGroup);
-    right &=
-        words[round % 2][1 - group][thread ^ 5] == round * 1000 + (1 - group) * 500 + (thread ^ 5);
+  if (threadIdx.x == 0) {
+    barriers.init(1, 2 * kGroup);
+    barriers.init(2, 2 * kGroup);
   }
-  report(out, group == 0, thread, right);
-}
-
-// What one group does: it announces and awaits through three barriers, several times, and then both
-// exchange sums, in buffers that alternate, through a fourth that both await.
-template <int kOwn>
-__device__ bool handover_side(int (&sums)[2][2][kGroup], int thread) {
-  bool right = true;
-#pragma unroll 1
-  for (int round = 0; round < kRounds; ++round) {
-#pragma unroll 1
-    for (int page = 0; page < 3; ++page) {
-#pragma unroll
-      for (int barrier = 1; barrier <= 3; ++barrier) {
-        if ((barrier % 2 == 1) == (kOwn == 0)) {
-          ptx::barrier_arrive(barrier, 2 * kGroup);
-        } else {
-          ptx::barrier_sync(barrier, 2 * kGroup);
-        }
+  __syncthreads();
+  const auto write = [&](int round) {
+    words[thread] = round * 1000 + group * 500 + thread;
+    __syncwarp();  // the quad has read the word that its first lane writes
+    if (thread % 4 == 0) quads[thread / 4] = words[thread];
+  };
+  const auto right = [&](int round, int writer) {
+    const int expected = round * 1000 + writer * 500;
+    return words[thread] == expected + thread && quads[thread / 4] == expected + thread / 4 * 4;
+  };
+  bool good = true;
+  if (group == 2) return;  // as the copying warps: they have other barriers
+  if constexpr (kWait == Wait::kAll) {
+    for (int round = 0; round < kRounds; ++round) {
+      if (group == 0) {
+        write(round);
+        barriers.arrive(1, 2 * kGroup);
+        barriers.sync(2, 2 * kGroup);
+        good &= right(round, 1);
+      } else {
+        barriers.sync(1, 2 * kGroup);
+        good &= right(round, 0);
+        write(round);
+        barriers.arrive(2, 2 * kGroup);
       }
     }
-    if (thread % 4 == 0) sums[round % 2][kOwn][thread] = round * 1000 + kOwn * 500 + thread;
-    ptx::barrier_sync(4, 2 * kGroup);
-    right &= sums[round % 2][1 - kOwn][thread / 4 * 4] ==
-             round * 1000 + (1 - kOwn) * 500 + thread / 4 * 4;
-  }
-  return right;
-}
-
-__global__ void handover_items(int* out) {
-  __shared__ int sums[2][2][kGroup];
-  const int thread = static_cast<int>(threadIdx.x) % kGroup;
-  if (threadIdx.x < kGroup) {
-    report(out, true, thread, handover_side<0>(sums, thread));
-  } else if (threadIdx.x < 2 * kGroup) {
-    report(out, false, thread, handover_side<1>(sums, thread));
-  }
-}
-
-// Thread t of a group reads what thread t of the other wrote, and writes there next. kQuad: all
-// lanes of a quad read what its first lane wrote.
-template <bool kQuad>
-__global__ void handover_seesaw(int* out) {
-  __shared__ int words[kGroup];
-  const int group = static_cast<int>(threadIdx.x) / kGroup;
-  const int thread = static_cast<int>(threadIdx.x) % kGroup;
-  const int at = kQuad ? thread / 4 : thread;
-  const auto write = [&](int round) {
-    if constexpr (kQuad) __syncwarp();  // the quad has read the word that its first lane writes
-    if (!kQuad || thread % 4 == 0) words[at] = round * 1000 + group * 500 + at;
-  };
-  bool right = true;
-  if (group == 0) {
-    for (int round = 0; round < kRounds; ++round) {
-      write(round);
-      ptx::barrier_arrive(1, 2 * kGroup);
-      ptx::barrier_sync(2, 2 * kGroup);
-      right &= words[at] == round * 1000 + 500 + at;
+  } else if (group == 0) {
+    write(0);
+    barriers.arrive(1, 2 * kGroup);
+    if constexpr (kWait == Wait::kWriterForgets) {
+      barriers.arrive(2, 2 * kGroup);
+    } else {
+      barriers.sync(2, 2 * kGroup);
     }
-  } else if (group == 1) {
-    for (int round = 0; round < kRounds; ++round) {
-      ptx::barrier_sync(1, 2 * kGroup);
-      right &= words[at] == round * 1000 + at;
-      write(round);
-      ptx::barrier_arrive(2, 2 * kGroup);
+    write(1);
+  } else {
+    if constexpr (kWait == Wait::kReaderForgets) {
+      barriers.arrive(1, 2 * kGroup);
+    } else {
+      barriers.sync(1, 2 * kGroup);
     }
+    if (!right(0, 0)) atomicAdd(out + 33, 1);  // so that the words are read
+    barriers.arrive(2, 2 * kGroup);
   }
-  if (group < 2) report(out, group == 0, thread, right);
+  if (!good) atomicAdd(out + 32, 1);
+  if (group == 0 && thread < 32) out[thread] = 3 * (thread * 7 & 31);
 }
 
 int main(int argc, char** argv) {
@@ -155,24 +125,21 @@ int main(int argc, char** argv) {
   int *out = nullptr, words[kWords];
   cudaMalloc(&out, sizeof words);
   cudaMemset(out, 0, sizeof words);
-  if (std::strcmp(how, "all") == 0) {
+  const auto is = [&](const char* name) { return std::strcmp(how, name) == 0; };
+  if (is("all")) {
     handover<true><<<1, 64>>>(out);
-  } else if (std::strcmp(how, "one") == 0) {
+  } else if (is("one")) {
     handover<false><<<1, 64>>>(out);
-  } else if (std::strcmp(how, "named") == 0) {
-    handover_named<false><<<1, 96>>>(out);
-  } else if (std::strcmp(how, "arrive") == 0) {
-    handover_named<true><<<1, 96>>>(out);
-  } else if (std::strcmp(how, "pair") == 0) {
-    handover_pair<<<1, 3 * kGroup>>>(out);
-  } else if (std::strcmp(how, "items") == 0) {
-    handover_items<<<1, 3 * kGroup>>>(out);
-  } else if (std::strcmp(how, "seesaw") == 0) {
-    handover_seesaw<false><<<1, 3 * kGroup>>>(out);
-  } else if (std::strcmp(how, "quad") == 0) {
-    handover_seesaw<true><<<1, 3 * kGroup>>>(out);
+  } else if (is("seesaw")) {
+    seesaw<NamedBarriers><<<1, 3 * kGroup>>>(out);
+  } else if (is("seesaw-mbarrier")) {
+    seesaw<ptx::HandOverBarriers<2>><<<1, 3 * kGroup>>>(out);
+  } else if (is("late")) {
+    seesaw<ptx::HandOverBarriers<2>, Wait::kReaderForgets><<<1, 3 * kGroup>>>(out);
+  } else if (is("early")) {
+    seesaw<ptx::HandOverBarriers<2>, Wait::kWriterForgets><<<1, 3 * kGroup>>>(out);
   } else {
-    std::fprintf(stderr, "usage: handover one|all|named|arrive|pair|items|seesaw|quad\n");
+    std::fprintf(stderr, "usage: handover one|all|seesaw|seesaw-mbarrier|late|early\n");
     return 2;
   }
   const cudaError_t status = cudaMemcpy(words, out, sizeof words, cudaMemcpyDeviceToHost);

@@ -11,6 +11,7 @@
 #include "backends/cpu/kernels.h"
 #include "backends/cpu/study.h"
 #include "numeric/softmax.h"
+#include "numeric/tensor_core.h"
 #include "ops/element.h"
 #include "plan/split.h"
 
@@ -156,7 +157,10 @@ class Decode {
         s.scale[t + j] = a_.cache.scale_plane(page)[j];
         s.log2_scale[t + j] = numeric::log2_scale(s.scale[t + j]);
         if (!study_) continue;
-        for (std::int64_t d = 0; d < kKeyWidth; ++d) keys[d] /= s.scale[t + j];
+        // f32(code * scale) / scale: the codes once more, where the rule stored any.
+        for (std::int64_t d = 0; d < kKvLoraRank; ++d)
+          keys[d] = numeric::snap_to_e4m3(keys[d] / s.scale[t + j]);
+        for (std::int64_t d = kKvLoraRank; d < kKeyWidth; ++d) keys[d] /= s.scale[t + j];
       }
     }
   }

@@ -1,7 +1,6 @@
 #include "backends/cpu/study.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 
 #include "backends/cpu/cpu_ops.h"
@@ -25,14 +24,6 @@ namespace snapmla::cpu {
 namespace {
 
 constexpr int kWidth = static_cast<int>(kKvLoraRank);
-constexpr std::uint32_t kExponent = 0x7f800000u;
-
-// The power of two below |x|, of an e4m3 value as the tensor core sees it: 2^-6 for subnormals, 0
-// for 0.
-inline float e4m3_power(float x) {
-  const float power = std::bit_cast<float>(std::bit_cast<std::uint32_t>(x) & kExponent);
-  return x == 0.0f ? 0.0f : power < 0x1p-6f ? 0x1p-6f : power;
-}
 
 // t[d] = tensor_core_add(t[d], p of `count` tokens, their dim d) for all dims: with e the largest
 // exponent, everything is cut to multiples of 2^(e - 13), in integers.
@@ -42,21 +33,16 @@ SNAPMLA_CLONES void add_group(const float* const* rows, const float* p, int coun
   for (int d = 0; d < kWidth; ++d) largest[d] = std::fabs(t[d]);
   for (int j = 0; j < count; ++j) {
     const float* v = rows[j];
-    const float weight = e4m3_power(p[j]);
+    const float weight = numeric::e4m3_power(p[j]);
     for (int d = 0; d < kWidth; ++d) {
-      const float power = weight * e4m3_power(v[d]);
+      const float power = weight * numeric::e4m3_power(v[d]);
       largest[d] = power > largest[d] ? power : largest[d];
     }
   }
   for (int d = 0; d < kWidth; ++d) {
-    // 2^(e - 13), and its reciprocal, from the exponent's bits; exponents near the ends of f32 do
-    // not occur (P <= 448, codes <= 448) except for a sum that has faded to nothing: step 2^-100.
-    const std::uint32_t low = 40u << 23, high = 240u << 23;
-    std::uint32_t e = std::bit_cast<std::uint32_t>(largest[d]) & kExponent;
-    e = e < low ? low : e > high ? high : e;
-    const std::uint32_t s = e - (static_cast<std::uint32_t>(numeric::kTensorCoreBits - 1) << 23);
-    step[d] = std::bit_cast<float>(s);
-    inverse[d] = std::bit_cast<float>((254u << 23) - s);
+    const numeric::TensorCoreStep s = numeric::tensor_core_step(largest[d]);
+    step[d] = s.step;
+    inverse[d] = s.inverse;
     sum[d] = static_cast<float>(static_cast<std::int32_t>(t[d] * inverse[d]));
   }
   for (int j = 0; j < count; ++j) {

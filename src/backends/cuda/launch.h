@@ -21,20 +21,38 @@ void require_device();
 // earlier work in the stream may write.
 enum class Ordering : std::uint8_t { kStreamOrder, kOverlap };
 
+// The blocks of a cluster, neighbours along x, run at the same time and near each other: two share
+// the pair of SMs that reaches L2 through one port. `grid.x` is a multiple of `cluster`.
 template <class... Params, class... Args>
-void launch(const char* what, Ordering ordering, void (*kernel)(Params...), dim3 grid, dim3 block,
-            std::size_t shared_bytes, Stream stream, Args&&... args) {
+void launch_clusters(const char* what, Ordering ordering, void (*kernel)(Params...), dim3 grid,
+                     dim3 block, unsigned cluster, std::size_t shared_bytes, Stream stream,
+                     Args&&... args) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = ordering == Ordering::kOverlap ? 1 : 0;
+  cudaLaunchAttribute attributes[2]{};
+  if (ordering == Ordering::kOverlap) {
+    cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    cudaLaunchAttribute& size = attributes[config.numAttrs++];
+    size.id = cudaLaunchAttributeClusterDimension;
+    size.val.clusterDim.x = cluster;
+    size.val.clusterDim.y = size.val.clusterDim.z = 1;
+  }
+  config.attrs = attributes;
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), what);
+}
+
+template <class... Params, class... Args>
+void launch(const char* what, Ordering ordering, void (*kernel)(Params...), dim3 grid, dim3 block,
+            std::size_t shared_bytes, Stream stream, Args&&... args) {
+  launch_clusters(what, ordering, kernel, grid, block, 1, shared_bytes, stream,
+                  std::forward<Args>(args)...);
 }
 
 // Blocks of `per_block` items for `items` items; throws kInvalidArgument when a grid cannot hold

@@ -178,7 +178,7 @@ __device__ __noinline__ void clear_tail(SharedStorage& s, int visible, int valid
                     drop_non_finite(x.w));
   }
   ptx::fence_proxy_async_shared();
-  ptx::barrier_sync(kFilled + kSlot, 128);
+  s.hand_over.sync(kFilled + kSlot, 128);
 }
 
 // Scores -> P. Returns true if O must be multiplied by `rescale` first.
@@ -239,12 +239,12 @@ __device__ __forceinline__ void even_tile(SharedStorage& s, MathState& m, int pa
   float2 rescale;
   if (softmax_page<0>(s, m, page, rescale)) rescale_output(m, rescale);
   publish_p(s, m);
-  ptx::barrier_arrive(kEvenReady, 256);
-  if constexpr (kTwo) ptx::barrier_sync(kOddScored, 256);
+  s.hand_over.arrive(kEvenReady, 256);
+  if constexpr (kTwo) s.hand_over.sync(kOddScored, 256);
   issue_values<0, 0>(s, m);
   finish_values<0, 0>(s, m);
   if constexpr (kTwo) {
-    ptx::barrier_sync(kOddReady, 256);
+    s.hand_over.sync(kOddReady, 256);
     adopt_p(s, m);
     issue_values<1, 0>(s, m);
     if constexpr (!kNext) {
@@ -254,7 +254,7 @@ __device__ __forceinline__ void even_tile(SharedStorage& s, MathState& m, int pa
       issue_scores<0, 0, kEarly>(s, parity, m.score);
       finish_values<1, 0, 1>(s, m);
       issue_scores<0, kEarly, kGroups>(s, parity, m.score);
-      if (order) ptx::barrier_arrive(kScoresIssued, 256);
+      if (order) s.hand_over.arrive(kScoresIssued, 256);
       finish_scores<0>(s, m);
       ptx::pin_registers(m.o[0]);
       ptx::pin_registers(m.o[1]);
@@ -266,18 +266,18 @@ __device__ __forceinline__ void even_tile(SharedStorage& s, MathState& m, int pa
 // `page`: the odd page of the tile.
 __device__ __forceinline__ void odd_tile(SharedStorage& s, MathState& m, int page,
                                          std::uint32_t& parity) {
-  ptx::barrier_sync(kScoresIssued, 256);  // odd scores are issued after even ones
+  s.hand_over.sync(kScoresIssued, 256);  // odd scores are issued after even ones
   ptx::wgmma_wait<0>();  // nothing is in flight: ptxas learns that adopt_p may touch O beside them
   ptx::pin_registers(m.o[0]);
   ptx::pin_registers(m.o[1]);
   ptx::pin_registers(m.score);
   issue_scores<1>(s, parity, m.score);
   parity ^= 1;
-  ptx::barrier_sync(kEvenReady, 256);
+  s.hand_over.sync(kEvenReady, 256);
   adopt_p(s, m);
   issue_values<0, 1>(s, m);
   finish_scores<1, 2>(s, m);
-  ptx::barrier_arrive(kOddScored, 256);
+  s.hand_over.arrive(kOddScored, 256);
   // The softmax writes its own P: the registers of the even P are still being read.
   std::uint32_t even_p[4][4];
 #pragma unroll
@@ -285,7 +285,7 @@ __device__ __forceinline__ void odd_tile(SharedStorage& s, MathState& m, int pag
   float2 rescale;
   const bool moved = softmax_page<1>(s, m, page, rescale);
   publish_p(s, m);
-  ptx::barrier_arrive(kOddReady, 256);
+  s.hand_over.arrive(kOddReady, 256);
   finish_values<0, 1>(s, m);
 #pragma unroll
   for (int k = 0; k < 4; ++k) ptx::pin_registers(even_p[k]);
@@ -330,7 +330,7 @@ __device__ __forceinline__ void compute_even(const DecodeParams& p, SharedStorag
     wait(s.query_full, item_parity);
     ptx::pin_registers(m.score);
     issue_scores<0>(s, parity, m.score);
-    if (pages.first + 1 < pages.end) ptx::barrier_arrive(kScoresIssued, 256);
+    if (pages.first + 1 < pages.end) s.hand_over.arrive(kScoresIssued, 256);
     finish_scores<0>(s, m);
     parity ^= 1;
     int page = pages.first;
@@ -365,7 +365,7 @@ __device__ __forceinline__ void compute_odd(const DecodeParams& p, SharedStorage
       arrive_warp(s.query_empty);
     }
     if ((pages.end - pages.first) & 1) {  // the last tile has no odd page
-      ptx::barrier_sync(kEvenReady, 256);
+      s.hand_over.sync(kEvenReady, 256);
       adopt_p(s, m);
       issue_values<0, 1>(s, m);
       finish_values<0, 1>(s, m);
@@ -386,6 +386,9 @@ __device__ __forceinline__ void init_barriers(SharedStorage& s) {
   }
   init(s.query_full, 2 * ptx::kArrivingLanes);
   init(s.query_empty, 8 * ptx::kArrivingLanes);
+  for (const int barrier : {kEvenReady, kOddReady, kScoresIssued, kItemDone, kOddScored})
+    s.hand_over.init(barrier, 256);
+  for (const int slot : {0, 1}) s.hand_over.init(kFilled + slot, 128);
   ptx::fence_mbarrier_init();
 }
 

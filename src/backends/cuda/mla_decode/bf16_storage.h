@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "backends/cuda/ptx/barrier.h"
+
 namespace snapmla::cuda::bf16_decode {
 
 inline constexpr int kChunkBytes = 64 * 128;  // 64 rows of 128 bytes (64 bf16), swizzled
@@ -33,6 +35,17 @@ __host__ __device__ constexpr int group_order(int slot, int i) {
   return kOrder[slot][i];
 }
 
+// Who arrives -> who waits.
+enum NamedBarrier : int {
+  kEvenReady = 1,  // even warpgroup: P of the even page is written -> odd warpgroup
+  kOddReady = 2,   // odd warpgroup: P of the odd page is written -> even warpgroup
+  kScoresIssued =
+      3,           // even warpgroup: its scores are all issued -> odd warpgroup may issue its own
+  kItemDone = 4,   // both warpgroups: row sums of an item are written
+  kFilled = 5,     // + warpgroup: its zeros past the end of a request are written -> itself
+  kOddScored = 7,  // odd warpgroup: its scores are complete -> even warpgroup may issue PV e L
+};
+
 struct alignas(1024) SharedStorage {
   std::uint8_t query[kChunks][kChunkBytes];
   std::uint8_t keys[2][kChunks][kChunkBytes];
@@ -45,18 +58,8 @@ struct alignas(1024) SharedStorage {
   std::uint64_t empty[2][kGroups];  // 4 warps: group is no longer read
   std::uint64_t query_full;         // 2 load warps
   std::uint64_t query_empty;        // 8 math warps
+  ptx::HandOverBarriers<kOddScored> hand_over;
 };
 static_assert(sizeof(SharedStorage) <= 232448, "an SM offers 227 KiB to a CTA");
-
-// Who arrives -> who waits.
-enum NamedBarrier : int {
-  kEvenReady = 1,  // even warpgroup: P of the even page is written -> odd warpgroup
-  kOddReady = 2,   // odd warpgroup: P of the odd page is written -> even warpgroup
-  kScoresIssued =
-      3,           // even warpgroup: its scores are all issued -> odd warpgroup may issue its own
-  kItemDone = 4,   // both warpgroups: row sums of an item are written
-  kFilled = 5,     // + warpgroup: its zeros past the end of a request are written -> itself
-  kOddScored = 7,  // odd warpgroup: its scores are complete -> even warpgroup may issue PV e L
-};
 
 }  // namespace snapmla::cuda::bf16_decode

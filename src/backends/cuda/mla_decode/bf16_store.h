@@ -63,7 +63,7 @@ __device__ __forceinline__ void store_item(const DecodeParams& p, SharedStorage&
     if ((lane & 3) == 0)
       s.row_sums[item_parity][kHalf][first_row + 8 * r] = make_float2(sum[r], rounded[r]);
   }
-  ptx::barrier_sync(kItemDone, 256);
+  s.hand_over.sync(kItemDone, 256);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float2 other = s.row_sums[item_parity][1 - kHalf][first_row + 8 * r];

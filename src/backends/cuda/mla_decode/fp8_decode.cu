@@ -17,8 +17,8 @@ void launch_instance(const DecodeParams& p, cudaStream_t stream) {
   const auto kernel = fp8_decode::fp8_decode_kernel<Traits>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
         "mla_decode: shared memory");
-  launch("mla_decode", Ordering::kOverlap, kernel,
-         dim3(static_cast<unsigned>(p.parts * p.row_tiles)), dim3(Traits::kThreads), kSharedBytes,
+  launch_clusters("mla_decode", Ordering::kOverlap, kernel,
+         dim3(static_cast<unsigned>(p.parts * p.row_tiles)), dim3(Traits::kThreads), cluster_size(p), kSharedBytes,
          stream, p);
 }
 

@@ -47,23 +47,24 @@ __device__ __forceinline__ LaneRow load_query(const float* latent, const float* 
 __device__ __forceinline__ float score(const LaneRow& q, const LaneRow& k, float s) {
   float sum = 0;
 #pragma unroll
-  for (int i = 0; i < 16; ++i) sum = fmaf(q.latent[i], k.latent[i] / s, sum);
+  for (int i = 0; i < 16; ++i) sum = fmaf(q.latent[i], numeric::snap_to_e4m3(k.latent[i] / s), sum);
   sum = fmaf(q.rope[0], k.rope[0] / s, sum);
   sum = fmaf(q.rope[1], k.rope[1] / s, sum);
   return warp_sum(sum);
 }
 
-// accumulator + products, each cut to a multiple of 2^(e - 13), e the largest exponent of them all.
-__device__ __forceinline__ float cut_and_add(float accumulator, const float* products, int count) {
+// numeric::tensor_core_add of a whole group, operands as they are.
+__device__ __forceinline__ float tensor_core_add(float accumulator, const float* p,
+                                                 const float* codes) {
   float largest = fabsf(accumulator);
-  for (int i = 0; i < count; ++i) largest = fmaxf(largest, fabsf(products[i]));
-  // Beyond these exponents a sum has faded to nothing or cuts off whatever is added.
-  const std::uint32_t e = min(max(numeric::bits_of(largest) & 0x7f800000u, 40u << 23), 240u << 23);
-  const std::uint32_t s = e - (static_cast<std::uint32_t>(numeric::kTensorCoreBits - 1) << 23);
-  const float step = numeric::float_of(s), inverse = numeric::float_of((254u << 23) - s);
-  float sum = truncf(accumulator * inverse);
-  for (int i = 0; i < count; ++i) sum += truncf(products[i] * inverse);
-  return sum * step;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i)
+    largest = fmaxf(largest, numeric::e4m3_power(p[i]) * numeric::e4m3_power(codes[i]));
+  const numeric::TensorCoreStep s = numeric::tensor_core_step(largest);
+  float sum = truncf(accumulator * s.inverse);
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) sum += truncf(p[i] * codes[i] * s.inverse);  // exact
+  return numeric::tensor_core_cut(sum * s.step);
 }
 
 template <class LatentT, class RopeT>
@@ -127,22 +128,23 @@ __global__ void __launch_bounds__(kThreads)
       float sum = !one_level || f.sigma == 0.0f ? 0.0f : out[i] / f.sigma;
       // A sum that leaves f32 in this block's units cuts every product off whole.
       const bool faded = fabsf(sum) > 0x1p100f;
-      float products[kGroup];
+      float weight[kGroup], code[kGroup];
       for (int first = 0; first < count && !faded; first += kGroup) {
 #pragma unroll
         for (int j = 0; j < kGroup; ++j) {
           const int k = first + j;
-          products[j] = 0.0f;
+          weight[j] = code[j] = 0.0f;
           if (k < count) {
             const PageRow row = p.cache.row(table[k / kPageSize], k % kPageSize);
-            products[j] = weights[k] * (*latent_at<float>(row, d) / scales[k]);
+            weight[j] = weights[k];
+            code[j] = numeric::snap_to_e4m3(*latent_at<float>(row, d) / scales[k]);
           }
         }
         if (cut) {
-          sum = cut_and_add(sum, products, kGroup);
+          sum = tensor_core_add(sum, weight, code);
         } else {
 #pragma unroll
-          for (int j = 0; j < kGroup; ++j) sum += products[j];
+          for (int j = 0; j < kGroup; ++j) sum += weight[j] * code[j];
         }
       }
       if (!one_level) {

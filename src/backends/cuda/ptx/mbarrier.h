@@ -24,6 +24,13 @@ __device__ __forceinline__ void mbarrier_arrive(std::uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// Arrives, and says in which phase: for mbarrier_wait_for.
+__device__ __forceinline__ std::uint64_t mbarrier_arrive_phase(std::uint32_t barrier) {
+  std::uint64_t phase;
+  asm volatile("mbarrier.arrive.shared::cta.b64 %0, [%1];" : "=l"(phase) : "r"(barrier) : "memory");
+  return phase;
+}
+
 // Lanes that arrive for their warp. One is enough: __syncwarp orders the warp's writes before its
 // arrival. compute-sanitizer's racecheck does not follow that chain and reports every such
 // hand-over (tools/racecheck/handover.cu shows it on ten lines); in the build for it all lanes
@@ -67,6 +74,22 @@ __device__ __forceinline__ bool mbarrier_try_wait(std::uint32_t barrier, std::ui
 __device__ __forceinline__ void mbarrier_wait(std::uint32_t barrier, std::uint32_t parity) {
   while (!mbarrier_try_wait(barrier, parity)) {
   }
+}
+
+// Until the phase that mbarrier_arrive_phase returned is complete.
+__device__ __forceinline__ void mbarrier_wait_for(std::uint32_t barrier, std::uint64_t phase) {
+  std::uint32_t done;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(done)
+        : "r"(barrier), "l"(phase)
+        : "memory");
+  } while (done == 0);
 }
 
 }  // namespace snapmla::cuda::ptx
