@@ -28,9 +28,12 @@ const char* unavailable_reason() noexcept;
 // What the plan depends on besides the lengths. All layers of a step share one plan.
 struct DecodeShape {
   std::int64_t batch = 0;
-  std::int64_t seqlen_q = 1;   // 1..16
-  std::int64_t heads_q = 0;    // 1..128
-  std::int64_t max_pages = 0;  // width of block_table: bounds every cache_seqlens[b]
+  std::int64_t seqlen_q = 1;  // 1..16
+  std::int64_t heads_q = 0;   // 1..128
+  // Width of block_table: bounds every cache_seqlens[b]. A tight one is faster where there are few
+  // short requests: 64 heads, 1 request of 640 tokens, 8.3 us instead of 11.0 with room for
+  // 131,072.
+  std::int64_t max_pages = 0;
   KvCacheFormat format = KvCacheFormat::kFp8;
   // true: a request is split by its own length alone, so that a row's bits do not depend on its
   // batch. false: work is spread evenly over the GPU, which is faster for few or ragged requests.

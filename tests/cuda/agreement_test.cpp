@@ -34,7 +34,7 @@ gpu::ProblemShape table_shape(int index) {
   s.out = index % 3 == 0 ? DType::kBF16 : DType::kF32;
   s.deterministic = index % 5 < 2;
   s.unused_pages = 3;
-  s.unused_columns = 2;
+  s.unused_columns = index % 2 == 0 ? kWideTable : 2;
   s.seed = static_cast<std::uint64_t>(index) + 1;
   return s;
 }
@@ -111,6 +111,47 @@ TEST_F(CudaTest, EdgesOfLengthsHeadsAndQueryTokens) {
                            kFewTokensLse);
           ASSERT_FALSE(HasFatalFailure());
         }
+      }
+    }
+  }
+}
+
+// The same edges with so few tiles that the FP8 kernel takes 16 rows a CTA, the last of them
+// perhaps less.
+TEST_F(CudaTest, EdgesOfLengthsInTilesOf16Rows) {
+  const std::vector<std::int32_t> edges = {0,   1,   63,  64,  65,  127, 128, 129, 191,
+                                           192, 193, 255, 256, 257, 511, 512, 513, 640};
+  std::uint64_t seed = 500;
+  for (const int p_block : {64, 128}) {
+    for (const auto& [heads, seqlen_q] : std::vector<std::pair<int, int>>{{17, 1},
+                                                                          {32, 1},
+                                                                          {33, 1},
+                                                                          {63, 1},
+                                                                          {64, 1},
+                                                                          {96, 1},
+                                                                          {128, 1},
+                                                                          {128, 2},
+                                                                          {7, 5},
+                                                                          {40, 3},
+                                                                          {5, 16}}) {
+      for (std::size_t first = 0; first < edges.size(); first += 6) {
+        gpu::ProblemShape s;
+        s.p_block = p_block;
+        s.heads = heads;
+        s.seqlen_q = seqlen_q;
+        s.lengths.assign(edges.begin() + static_cast<std::ptrdiff_t>(first),
+                         edges.begin() + static_cast<std::ptrdiff_t>(first) + 6);
+        s.unused_pages = 4;
+        s.unused_columns = 1;
+        s.out = seed % 2 == 0 ? DType::kBF16 : DType::kF32;
+        s.image = readable(seed % 3 == 0 ? PageImage::kPlainRows : PageImage::kSwizzled128);
+        s.seed = ++seed;
+        SCOPED_TRACE(std::to_string(heads) + " heads x " + std::to_string(seqlen_q) + ", p_block " +
+                     std::to_string(p_block) + ", from length " + std::to_string(edges[first]));
+        ASSERT_TRUE(tiles_of_16_rows(s));
+        gpu::Problem problem(s, uneven_data(seed));
+        expect_agreement(problem, {}, kFewTokensSlack, kFewTokensLse);
+        ASSERT_FALSE(HasFatalFailure());
       }
     }
   }

@@ -23,9 +23,11 @@ BFloat16 narrow(float x) {
   return BFloat16{static_cast<std::uint16_t>((bits + 0x8000u) >> 16)};
 }
 
-// Request r: token r is loud (pattern, rope 8), the others are quiet (a tenth of theirs). Head h
-// asks for dimension (h + shift) mod 576 with the sign that the loud token has there.
-void probe(KvCacheFormat format, PageImage image, int p_block, int heads, int seqlen_q, int shift) {
+// Request r of `requests` from `first` on: token r is loud (pattern, rope 8), the others are quiet
+// (a tenth of theirs). Head h asks for dimension (h + shift) mod 576 with the sign that the loud
+// token has there.
+void probe(KvCacheFormat format, PageImage image, int p_block, int heads, int seqlen_q, int shift,
+           int first_request = 0, int requests = kTokens) {
   SCOPED_TRACE(std::string(to_string(format)) + (image == PageImage::kPlainRows ? " plain" : "") +
                " heads " + std::to_string(heads) + " shift " + std::to_string(shift));
   gpu::ProblemShape s;
@@ -34,7 +36,8 @@ void probe(KvCacheFormat format, PageImage image, int p_block, int heads, int se
   s.p_block = p_block;
   s.heads = heads;
   s.seqlen_q = seqlen_q;
-  s.lengths.assign(kTokens, kTokens);
+  s.lengths.assign(static_cast<std::size_t>(requests), kTokens);
+  ASSERT_EQ(tiles_of_16_rows(s), requests < kTokens && !s.deterministic);
   s.softmax_scale = 1.0f;
   s.out = DType::kF32;
   s.deterministic = shift % 2 == 0;
@@ -45,7 +48,8 @@ void probe(KvCacheFormat format, PageImage image, int p_block, int heads, int se
     std::vector<BFloat16> l(static_cast<std::size_t>(count * 512)),
         r(static_cast<std::size_t>(count * 64));
     for (std::int64_t i = 0; i < count; ++i) {
-      const std::int64_t request = (first + i) / kTokens, token = (first + i) % kTokens;
+      const std::int64_t request = first_request + (first + i) / kTokens,
+                         token = (first + i) % kTokens;
       const float size = loud(request, token) ? 1.0f : 0.1f;
       for (int d = 0; d < 512; ++d) {
         l[static_cast<std::size_t>(i * 512 + d)] = narrow(size * pattern(token, d));
@@ -61,7 +65,7 @@ void probe(KvCacheFormat format, PageImage image, int p_block, int heads, int se
     std::vector<BFloat16> l(static_cast<std::size_t>(rows * 512)),
         r(static_cast<std::size_t>(rows * 64));
     for (std::int64_t i = 0; i < rows; ++i) {
-      const std::int64_t request = i / (s.heads * s.seqlen_q);
+      const std::int64_t request = first_request + i / (s.heads * s.seqlen_q);
       const int dim = static_cast<int>((i % (s.heads * s.seqlen_q) + shift) % 576);
       const float value = pattern(request, dim) > 0 ? 64.0f : -64.0f;
       if (dim < 512) {
@@ -78,7 +82,8 @@ void probe(KvCacheFormat format, PageImage image, int p_block, int heads, int se
   const auto out = problem.out();
   int wrong = 0;
   for (std::int64_t i = 0; i < s.rows() && wrong < 5; ++i) {
-    const std::int64_t per_request = s.heads * s.seqlen_q, request = i / per_request;
+    const std::int64_t per_request = s.heads * s.seqlen_q,
+                       request = first_request + i / per_request;
     const std::int64_t query_token = i % per_request / s.heads;
     // With several query tokens, the loud token is out of sight of the early ones at the very end.
     if (request > kTokens - s.seqlen_q + query_token) continue;
@@ -112,6 +117,19 @@ TEST_F(CudaTest, OneHotForEveryNumberOfRows) {
       for (int shift = 0; shift < 576; shift += 144) {
         probe(format, PageImage::kSwizzled128, 64, heads, seqlen_q, shift);
       }
+    }
+  }
+}
+
+// Requests so few that the FP8 kernel takes 16 rows a CTA.
+TEST_F(CudaTest, OneHotInTilesOf16Rows) {
+  constexpr int kFew = 13;
+  for (const auto& [heads, seqlen_q] :
+       std::vector<std::pair<int, int>>{{128, 1}, {64, 1}, {96, 1}, {24, 1}, {32, 3}}) {
+    for (int shift = 1; shift < 576; shift += 144) {
+      for (int first = 0; first < kTokens; first += kFew)
+        probe(KvCacheFormat::kFp8, PageImage::kSwizzled128, 64, heads, seqlen_q, shift | 1, first,
+              kFew);
     }
   }
 }

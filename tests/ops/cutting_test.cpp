@@ -144,8 +144,9 @@ TEST(Cutting, OnePieceAPartLeavesSmsFreeWhereThatIsFaster) {
       const int count = (tiles + limit - 1) / limit;
       if (requests * count > parts) continue;
       const int pieces = requests * count;
-      best = std::min(best, {one_each_time(one_each_costs(rows), parts, (tiles + count - 1) / count,
-                                           count, pieces, count > 1 ? requests : 0),
+      best = std::min(best, {one_each_time(one_each_costs(widest_tile(rows), rows), parts,
+                                           (tiles + count - 1) / count, count, pieces,
+                                           count > 1 ? requests : 0),
                              limit});
     }
     return best.second;
@@ -179,7 +180,7 @@ TEST(Cutting, OnePieceAPartLeavesSmsFreeWhereThatIsFaster) {
 TEST(Cutting, OneLongRequestAmongShortOnesIsAStream) {
   for (const auto& [rows, parts, short_ones, tiles] :
        {std::tuple{128, 66, 50, 500}, std::tuple{16, 132, 100, 1000}}) {
-    const OneEachCosts costs = one_each_costs(rows);
+    const OneEachCosts costs = one_each_costs(widest_tile(rows), rows);
     const long long share = share_of(parts, short_ones * cost_of(1) + cost_of(tiles));
     ASSERT_TRUE(is_few(share, short_ones + 1));
     for (int limit = 1; limit <= tiles; ++limit) {
@@ -191,12 +192,58 @@ TEST(Cutting, OneLongRequestAmongShortOnesIsAStream) {
     }
   }
   // Batches of equal requests are not.
-  EXPECT_LT(one_each_time(one_each_costs(128), 66, 8, 8, 64, 8),
-            stream_time(one_each_costs(128), 8));
-  EXPECT_LT(one_each_time(one_each_costs(128), 66, 2, 3, 48, 16),
-            stream_time(one_each_costs(128), 2));
-  EXPECT_LT(one_each_time(one_each_costs(16), 132, 4, 16, 128, 8),
-            stream_time(one_each_costs(16), 4));
+  EXPECT_LT(one_each_time(one_each_costs(64, 128), 66, 8, 8, 64, 8),
+            stream_time(one_each_costs(64, 128), 8));
+  EXPECT_LT(one_each_time(one_each_costs(64, 128), 66, 2, 3, 48, 16),
+            stream_time(one_each_costs(64, 128), 2));
+  EXPECT_LT(one_each_time(one_each_costs(16, 16), 132, 4, 16, 128, 8),
+            stream_time(one_each_costs(16, 16), 4));
+  // Where even pieces would leave many SMs idle, they are: 17 x 5,120 at 128 rows 43.5 us as a
+  // stream, 47.5 in three each; 34 x 5,120 at 64 rows 46.4 and 49.3.
+  EXPECT_GT(one_each_time(one_each_costs(64, 128), 66, 14, 3, 51, 17),
+            stream_time(one_each_costs(64, 128), share_of(66, 17 * cost_of(40))));
+  EXPECT_GT(one_each_time(one_each_costs(64, 64), 132, 14, 3, 102, 34),
+            stream_time(one_each_costs(64, 64), share_of(132, 34 * cost_of(40))));
+}
+
+// The better width of the sweep of variant 46, where they differ by more than 3%.
+TEST(Cutting, FewTilesAreComputedBySixteenRows) {
+  const auto width = [](int rows, int requests, int tokens) {
+    return row_width(rows, requests, (tokens + 127) / 128, 132);
+  };
+  for (const auto& [rows, requests, tokens] : {std::tuple{64, 1, 640},
+                                               {64, 1, 8192},
+                                               {64, 2, 8192},
+                                               {64, 16, 640},
+                                               {64, 32, 640},
+                                               {64, 8, 2048},
+                                               {64, 32, 128},
+                                               {128, 1, 640},
+                                               {128, 1, 8192},
+                                               {128, 4, 2048},
+                                               {128, 16, 640},
+                                               {128, 16, 128},
+                                               {32, 1, 8192},
+                                               {32, 4, 8192},
+                                               {32, 16, 640},
+                                               {256, 1, 640}}) {
+    EXPECT_EQ(width(rows, requests, tokens), 16) << rows << " " << requests << " " << tokens;
+  }
+  for (const auto& [rows, requests, tokens] : {std::tuple{64, 4, 8192},
+                                               {64, 16, 2048},
+                                               {64, 2, 32768},
+                                               {128, 2, 8192},
+                                               {128, 8, 2048},
+                                               {128, 32, 640},
+                                               {128, 32, 128},
+                                               {128, 1, 32768},
+                                               {256, 1, 8192},
+                                               {256, 8, 2048},
+                                               {128, 128, 8192}}) {
+    EXPECT_EQ(width(rows, requests, tokens), 64) << rows << " " << requests << " " << tokens;
+  }
+  EXPECT_EQ(width(32, 128, 8192), 32);
+  EXPECT_EQ(width(16, 128, 8192), 16);
 }
 
 TEST(Cutting, FewRequestsSaveLittle) {

@@ -45,7 +45,7 @@ struct Block {
     n = index % (kRows / 8);
     m = index / (kRows / 8) % 4;
     half = index / (kRows / 8) / 4 % 2;
-    row_begin = index / (kRows / 8) / 8 * kRowTile;
+    row_begin = index / (kRows / 8) / 8 * kRows;
   }
 };
 
@@ -218,8 +218,8 @@ void launch_rows(const DecodeParams& p, cudaStream_t stream) {
 }  // namespace
 
 void launch_combine_fragments(const DecodeParams& p, cudaStream_t stream) {
-  if (p.slot_rows == 16) return launch_rows<16>(p, stream);
-  if (p.slot_rows == 32) return launch_rows<32>(p, stream);
+  if (p.row_width == 16) return launch_rows<16>(p, stream);
+  if (p.row_width == 32) return launch_rows<32>(p, stream);
   launch_rows<64>(p, stream);
 }
 

@@ -87,6 +87,20 @@ SNAPMLA_HD Piece piece_at(int parts, const Cutting& how, const Pieces& pieces, i
   return {part, cut(part), cut(part + 1)};
 }
 
+// Rows of a CTA of the FP8 kernel: as many as there are, up to 64.
+SNAPMLA_HD int widest_tile(long long rows) { return rows <= 16 ? 16 : rows <= 32 ? 32 : 64; }
+
+// The same for a batch of at most `tiles` tiles per request: 16 where each request gets SMs of its
+// own and they have little to do. Each page is then read by more CTAs, but a tile's scores, softmax
+// and PV take less than half as long. From a sweep on an H200 (docs/notes/fp8-decode-hopper.md,
+// variant 46).
+SNAPMLA_HD int row_width(long long rows, long long requests, long long tiles, int sms) {
+  constexpr long long kBusy = 7;  // tiles and starts per SM from which it does not pay
+  const long long each = requests * ((rows + 15) / 16);
+  const bool few = each <= sms && (tiles + kItemCost) * each <= kBusy * sms;
+  return few ? 16 : widest_tile(rows);
+}
+
 // What one piece a part costs, in hundredths of a microsecond: a tile, a split in combine, a
 // request that is cut (its partial results, written and read), and, from 33 rows on, all SMs at
 // work at once: with half of them, of each pair of SMs one, a tile's keys arrive sooner. From
@@ -95,10 +109,11 @@ struct OneEachCosts {
   int tile, split, cut, crowd;
 };
 
-SNAPMLA_HD OneEachCosts one_each_costs(int rows) {
-  return rows <= 32   ? OneEachCosts{120, 5, rows <= 16 ? 2 : 4, 0}
-         : rows <= 64 ? OneEachCosts{220, 2, 14, 350}
-                      : OneEachCosts{220, 2, rows / 4, 200};
+// `width`: rows of a CTA.
+SNAPMLA_HD OneEachCosts one_each_costs(int width, int rows) {
+  const int cut = rows <= 16 ? 2 : rows <= 32 ? 4 : rows <= 64 ? 14 : rows / 4;
+  if (width <= 32) return {120, 5, cut, 0};
+  return {220, 2, cut, rows <= 64 ? 350 : 200};
 }
 
 inline constexpr int kCandidates = 32;  // limits that are compared

@@ -209,6 +209,7 @@ void mla_decode(const MlaDecodeArgs& a, const DecodeShape& shape, const Workspac
   p.heads_q = static_cast<std::int32_t>(h);
   p.seqlen_q = static_cast<std::int32_t>(s);
   p.rows = static_cast<std::int32_t>(sizes.rows);
+  p.row_width = static_cast<std::int32_t>(sizes.row_width);
   p.row_tiles = static_cast<std::int32_t>(sizes.row_tiles);
   p.parts = static_cast<std::int32_t>(sizes.parts);
   p.slot_rows = static_cast<std::int32_t>(sizes.slot_rows);

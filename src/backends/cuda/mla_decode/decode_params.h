@@ -1,7 +1,7 @@
 // What a decode kernel is given: tensors, the plan, and how rows map to CTAs.
 //
 //   rows      = seqlen_q * heads_q, row r = token * heads_q + head
-//   row tile  = 64 consecutive rows, one CTA each
+//   row tile  = row_width consecutive rows, one CTA each; BF16: 64, FP8: 16, 32 or 64 (plan.h)
 //   part      = one share of the batch's tokens; its row tiles run in adjacent CTAs, two to a
 //               cluster (see cluster_size):  blockIdx.x = part * row_tiles + row_tile
 //   item      = (request, [tile_begin, tile_end), slot): consecutive tiles of kTileTokens tokens
@@ -18,8 +18,8 @@
 namespace snapmla::cuda {
 
 inline constexpr int kTileTokens = 128;  // two pages
-inline constexpr int kRowTile = 64;
-inline constexpr int kMergeSplits = 3;  // most partial results that the FP8 kernel merges itself
+inline constexpr int kRowTile = 64;      // rows of a CTA, at most
+inline constexpr int kMergeSplits = 3;   // most partial results that the FP8 kernel merges itself
 inline constexpr int kLeftToCombine = kMergeSplits + 1;
 
 // All that a kernel has to know of an item, so that one load tells it.
@@ -89,10 +89,11 @@ struct DecodeParams {
 
   DecodePlanView plan;
   float scale_log2e;  // softmax_scale * log2(e)
-  std::int32_t batch, heads_q, seqlen_q, rows, row_tiles, parts;
-  std::int32_t slot_rows;  // rows of a partial result: `rows` up to whole PV widths
-  std::int32_t max_tiles;  // of a request, by the width of block_table
-  bool deterministic;      // the order of sums must not depend on the batch
+  std::int32_t batch, heads_q, seqlen_q, rows, parts;
+  std::int32_t row_width, row_tiles;  // rows of a CTA; CTAs that share a part
+  std::int32_t slot_rows;             // rows of a partial result: row_tiles * row_width
+  std::int32_t max_tiles;             // of a request, by the width of block_table
+  bool deterministic;                 // the order of sums must not depend on the batch
 };
 
 // CTAs of a cluster. PERF: two row tiles of a part read the same pages; on the two SMs of one TPC,

@@ -18,14 +18,14 @@ void launch_instance(const DecodeParams& p, cudaStream_t stream) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
         "mla_decode: shared memory");
   launch_clusters("mla_decode", Ordering::kOverlap, kernel,
-         dim3(static_cast<unsigned>(p.parts * p.row_tiles)), dim3(Traits::kThreads), cluster_size(p), kSharedBytes,
-         stream, p);
+                  dim3(static_cast<unsigned>(p.parts * p.row_tiles)), dim3(Traits::kThreads),
+                  cluster_size(p), kSharedBytes, stream, p);
 }
 
 template <int kPBlock>
 void launch_rows(const DecodeParams& p, cudaStream_t stream) {
-  if (p.rows <= 16) return launch_instance<16, kPBlock>(p, stream);
-  if (p.rows <= 32) return launch_instance<32, kPBlock>(p, stream);
+  if (p.row_width == 16) return launch_instance<16, kPBlock>(p, stream);
+  if (p.row_width == 32) return launch_instance<32, kPBlock>(p, stream);
   launch_instance<64, kPBlock>(p, stream);
 }
 

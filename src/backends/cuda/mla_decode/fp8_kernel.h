@@ -1,9 +1,9 @@
 // Absorbed MLA decode over the FP8 cache: scores, online softmax, P quantised per block, PV.
 //
-//   S~ = q^ K^T (e4m3, 512 wide) + q_rope' k_rope'^T (bf16, 64 wide)       [64 rows x 128 tokens]
-//   y_ij = S~_ij s_k[j] c_i + log2 s_k[j],  c_i = s_q[i] softmax_scale log2 e
-//   P'_ij = e4m3(448 * 2^(y_ij - m_i)),  T_i = sum_j P'_ij k^_j  per block of kPBlock tokens
-//   O_i += sigma_i T_i,  l_i += sigma_i sum_j P'_ij / s_k[j],  sigma_i = 2^(m_i - R_i) / 448
+//   S~ = q^ K^T (e4m3, 512 wide) + q_rope' k_rope'^T (bf16, 64 wide)       [row_width rows x 128
+//   tokens] y_ij = S~_ij s_k[j] c_i + log2 s_k[j],  c_i = s_q[i] softmax_scale log2 e P'_ij =
+//   e4m3(448 * 2^(y_ij - m_i)),  T_i = sum_j P'_ij k^_j  per block of kPBlock tokens O_i += sigma_i
+//   T_i,  l_i += sigma_i sum_j P'_ij / s_k[j],  sigma_i = 2^(m_i - R_i) / 448
 //
 // The rules are those of numeric/softmax.h (SnapMLA, scale-fused PV pipeline, in the log domain).
 // V is the latent itself: FP8 wgmma takes K-major operands only, so PV is computed transposed,
@@ -11,7 +11,8 @@
 // P as the shared-memory operand. FP8 accumulators keep about 14 bits: T starts from zero in every
 // block and is added to O in f32 (two-level accumulation).
 //
-// Grid: parts * row_tiles CTAs of 512 threads, one per SM. Each walks the items of its part.
+// Grid: parts * row_tiles CTAs of 512 threads, one per SM, in clusters of two where there are
+// several row tiles. Each walks the items of its part.
 //   warpgroup 0 (24 registers)   warp 0: page copies; warp 1: token factors; warps 2, 3: query
 //   warpgroup 1                  scores, softmax, P; up to 32 rows: transposed, fp8_score_few.h
 //   warpgroups 2, 3              PV, output dims 0-255 and 256-511; merging of splits, fp8_store.h
@@ -45,7 +46,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const int thread = static_cast<int>(threadIdx.x);
   const int warpgroup = __shfl_sync(~0u, thread >> 7, 0);  // the compiler sees that it is uniform
   const int part = static_cast<int>(blockIdx.x) / p.row_tiles;
-  const int row_begin = (static_cast<int>(blockIdx.x) % p.row_tiles) * kRowTile;
+  const int row_begin = (static_cast<int>(blockIdx.x) % p.row_tiles) * Traits::kRows;
   if (thread == 0) {
     const auto init = [](std::uint64_t& barrier, int warps, int threads = 0) {
       mbarrier_init(shared_address(&barrier),
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     } else if (warp == 1) {
       make_factors<Traits>(p, s, items);
     } else {
-      load_query(p, s, items, row_begin);
+      load_query<Traits>(p, s, items, row_begin);
     }
   } else if (warpgroup == 1) {
     if constexpr (Traits::kScoreRegisters > 128) setmaxnreg_inc<Traits::kScoreRegisters>();

@@ -105,8 +105,8 @@ __device__ __forceinline__ bool merge_splits(const DecodeParams& p, Storage& s,
   const int thread = threadIdx.x & 127, t = threadIdx.x & 3;
   const int first = item.first_slot, count = item.splits;
   std::int32_t* arrivals =
-      p.plan.arrivals +
-      (static_cast<std::int64_t>(first) * p.row_tiles + row_begin / kRowTile) * 2 + half;
+      p.plan.arrivals + (static_cast<std::int64_t>(first) * p.row_tiles + row_begin / kRows) * 2 +
+      half;
   if (count <= kMergeSplits) {
     if (thread == 0) {
       s.arrived[half] = *reinterpret_cast<volatile std::int32_t*>(arrivals);

@@ -17,10 +17,13 @@ constexpr int kMaxParts = 512;
 PlanSizes plan_sizes(const DecodeShape& shape, int num_sms) {
   PlanSizes s{};
   s.rows = shape.heads_q * shape.seqlen_q;
-  s.row_tiles = (s.rows + kRowTile - 1) / kRowTile;
-  s.slot_rows = s.rows <= 16 ? 16 : s.rows <= 32 ? 32 : s.row_tiles * kRowTile;
-  s.parts = std::clamp<std::int64_t>(num_sms / s.row_tiles, 1, kMaxParts);
   s.max_tiles = (shape.max_pages * kPageSize + kTileTokens - 1) / kTileTokens;
+  s.row_width = shape.format != KvCacheFormat::kFp8 ? kRowTile
+                : shape.deterministic               ? widest_tile(s.rows)
+                                      : row_width(s.rows, shape.batch, s.max_tiles, num_sms);
+  s.row_tiles = (s.rows + s.row_width - 1) / s.row_width;
+  s.slot_rows = s.row_tiles * s.row_width;
+  s.parts = std::clamp<std::int64_t>(num_sms / s.row_tiles, 1, kMaxParts);
   const std::int64_t splits = (s.max_tiles + kTilesPerSplit - 1) / kTilesPerSplit;
   // Balanced: each part boundary adds at most one item to one per request.
   s.max_items =
@@ -58,7 +61,7 @@ namespace {
 struct PlanArgs {
   const std::int32_t* cache_seqlens;
   DecodePlanView view;
-  int batch, parts, max_tiles, row_tiles, rows, merge_splits;
+  int batch, parts, max_tiles, row_width, row_tiles, rows, merge_splits;
   bool deterministic;
 };
 
@@ -133,7 +136,7 @@ __device__ Cutting cut_one_each(const PlanArgs& a, long long total_tiles, long l
   pieces = __reduce_add_sync(~0u, pieces);
   cuts = __reduce_add_sync(~0u, cuts);
   if (lane == 0 && pieces <= a.parts) {
-    const OneEachCosts costs = one_each_costs(a.rows);
+    const OneEachCosts costs = one_each_costs(a.row_width, a.rows);
     const long long time = one_each_time(costs, a.parts, longest, splits, pieces, cuts);
     if (time <= stream_time(costs, share))
       atomicMin(best, time << 32 | static_cast<long long>(pieces) << 16 | warp);
@@ -278,6 +281,7 @@ void launch_plan(const DecodeShape& shape, const PlanSizes& sizes,
                       static_cast<int>(shape.batch),
                       static_cast<int>(sizes.parts),
                       static_cast<int>(sizes.max_tiles),
+                      static_cast<int>(sizes.row_width),
                       static_cast<int>(sizes.row_tiles),
                       static_cast<int>(sizes.rows),
                       merge_splits(shape.format),

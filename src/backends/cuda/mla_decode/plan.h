@@ -19,9 +19,12 @@ namespace snapmla::cuda {
 
 inline constexpr int kTilesPerSplit = 32;  // deterministic mode: 4096 tokens
 
+// The FP8 kernel computes up to 64 rows in a CTA, or, where the shape bounds the batch to few tiles
+// and the plan need not be deterministic, 16 (row_width in cutting.h).
+//
 // Sizes that follow from a shape and the GPU's number of SMs.
 struct PlanSizes {
-  std::int64_t rows, row_tiles, slot_rows, parts, max_tiles, max_items;
+  std::int64_t rows, row_width, row_tiles, slot_rows, parts, max_tiles, max_items;
   std::int64_t part, items, merges, num_merges, arrivals, lse_accum, out_accum,
       total;  // offsets
 };
