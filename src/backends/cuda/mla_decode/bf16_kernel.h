@@ -3,7 +3,8 @@
 //   rows of a CTA: 64 of the seqlen_q * heads_q flattened rows; tile: 128 tokens, two pages
 //   Q [64 x 576] bf16, page [64 x 576] bf16 (512 latent, 64 rope), O [64 x 512] f32 in registers
 //
-// Grid: parts * row_tiles CTAs of 384 threads, one per SM. Each walks the items of its part.
+// Grid: parts * row_tiles CTAs of 384 threads, one per SM, in clusters of two where there are
+// several row tiles. Each walks the items of its part.
 //   warpgroup 0 (40 registers)   warps 0, 1: pages of slot 0, 1; warps 2, 3: queries
 //   warpgroup 1, "even"          scores of even pages; output dims 0-255 ("L")
 //   warpgroup 2, "odd"           scores of odd pages; output dims 256-511 ("R")

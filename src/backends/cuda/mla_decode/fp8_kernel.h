@@ -1,9 +1,9 @@
 // Absorbed MLA decode over the FP8 cache: scores, online softmax, P quantised per block, PV.
 //
-//   S~ = q^ K^T (e4m3, 512 wide) + q_rope' k_rope'^T (bf16, 64 wide)       [row_width rows x 128
-//   tokens] y_ij = S~_ij s_k[j] c_i + log2 s_k[j],  c_i = s_q[i] softmax_scale log2 e P'_ij =
-//   e4m3(448 * 2^(y_ij - m_i)),  T_i = sum_j P'_ij k^_j  per block of kPBlock tokens O_i += sigma_i
-//   T_i,  l_i += sigma_i sum_j P'_ij / s_k[j],  sigma_i = 2^(m_i - R_i) / 448
+//   S~ = q^ K^T (e4m3, 512 wide) + q_rope' k_rope'^T (bf16, 64 wide)       [rows x 128 tokens]
+//   y_ij = S~_ij s_k[j] c_i + log2 s_k[j],  c_i = s_q[i] softmax_scale log2 e
+//   P'_ij = e4m3(448 * 2^(y_ij - m_i)),  T_i = sum_j P'_ij k^_j  per block of kPBlock tokens
+//   O_i += sigma_i T_i,  l_i += sigma_i sum_j P'_ij / s_k[j],  sigma_i = 2^(m_i - R_i) / 448
 //
 // The rules are those of numeric/softmax.h (SnapMLA, scale-fused PV pipeline, in the log domain).
 // V is the latent itself: FP8 wgmma takes K-major operands only, so PV is computed transposed,
