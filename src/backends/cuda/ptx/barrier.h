@@ -19,7 +19,8 @@ __device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
 // Named barriers 1 to kCount for hand-overs between warpgroups; lies in shared memory. racecheck
 // loses track where one side arrives and the other waits, each with an instruction of its own
 // (`handover seesaw` in tools/racecheck has no race and is reported), but follows an mbarrier at
-// which all threads arrive (`handover seesaw-mbarrier`): in the build for it that takes their place.
+// which all threads arrive (`handover seesaw-mbarrier`): in the build for racecheck those take
+// their place.
 template <int kCount>
 struct HandOverBarriers {
 #if defined(SNAPMLA_CUDA_RACECHECK)
