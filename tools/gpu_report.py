@@ -80,7 +80,7 @@ SOUND_HANDOVERS, RACES = ("all", "seesaw-mbarrier"), ("late", "early")
 
 
 def handover_hazards(folder):
-    """What racecheck says of correct programs, by name; None for one that failed, or of which it says nothing."""
+    """What racecheck says of each handover program; None for one that failed, or of which it says nothing."""
     result = {}
     for path in sorted(folder.glob("handover_*.log")):
         status = path.with_suffix(".status")

@@ -163,6 +163,8 @@ FAULTS = [
      [("numeric::snap_to_e4m3(keys[d] / s.scale[t + j])", "keys[d] / s.scale[t + j]")], "quality", "StudyDecode.*"),
     ("cut-for-nothing", "cutting a request costs the plan nothing", "src/backends/cuda/mla_decode/cutting.h",
      [("cuts * costs.cut", "0 * cuts * costs.cut")], "ops", "*utting*"),
+    ("sixteen-rows-always", "16 rows a CTA however many tiles there are", "src/backends/cuda/mla_decode/cutting.h",
+     [("(tiles + kItemCost) * each <= kBusy * sms", "each <= sms")], "ops", "*utting*"),
 ]
 
 

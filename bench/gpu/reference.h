@@ -58,7 +58,7 @@ struct ReferenceRow {
 // block. kTensorCore64, kTensorCore128: PV as kTwoLevel64, in blocks of 64 or 128, the latent part
 // of the scores added up by the tensor core too, one chain of 16 groups of 32 in the order in which
 // the FP8 kernel takes them, and l from f16 sums of eight products with f16 factors s_min / s_j, as
-// the kernel for more than 32 rows forms it: what that kernel computes where a row sees all tokens
+// the kernel forms it with 64 rows a CTA: what that kernel computes where a row sees all tokens
 // of its last block (s_min is of those it sees here, of those that exist there). These four are for
 // an e4m3 cache, the last two for an e4m3 query as well.
 enum class PEmulation {

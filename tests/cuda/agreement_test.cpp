@@ -34,7 +34,7 @@ gpu::ProblemShape table_shape(int index) {
   s.out = index % 3 == 0 ? DType::kBF16 : DType::kF32;
   s.deterministic = index % 5 < 2;
   s.unused_pages = 3;
-  s.unused_columns = index % 2 == 0 ? kWideTable : 2;
+  s.unused_columns = index / 8 % 2 == 0 ? kWideTable : 2;
   s.seed = static_cast<std::uint64_t>(index) + 1;
   return s;
 }
@@ -56,7 +56,33 @@ INSTANTIATE_TEST_SUITE_P(Shared, CudaTable, ::testing::Range(0, 25));
 class CudaSmallTable : public CudaTest, public ::testing::WithParamInterface<int> {};
 TEST_P(CudaSmallTable, AgreesWithFp64) { expect_table_case(GetParam()); }
 INSTANTIATE_TEST_SUITE_P(Shared, CudaSmallTable,
-                         ::testing::Values(0, 1, 2, 7, 11, 15, 107, 111, 205, 210, 307, 411));
+                         ::testing::Values(0, 1, 2, 7, 11, 15, 107, 111, 138, 163, 205, 210, 307,
+                                           411, 468));
+
+// Two row tiles of 64 rows and eight of 16, in clusters of two, requests in one piece and in
+// several; 17 to 32 rows.
+class CudaSmallTiles : public CudaTest, public ::testing::WithParamInterface<int> {};
+INSTANTIATE_TEST_SUITE_P(All, CudaSmallTiles, ::testing::Range(0, 8));
+TEST_P(CudaSmallTiles, AgreeWithFp64) {
+  const int index = GetParam();
+  gpu::ProblemShape s;
+  s.format = index % 2 == 0 ? KvCacheFormat::kFp8 : KvCacheFormat::kBf16;
+  s.p_block = index / 2 % 2 == 0 ? 64 : 128;
+  s.unused_columns = index / 4 == 0 ? kWideTable : 1;
+  for (const int heads : {128, 20}) {
+    s.heads = heads;
+    s.lengths = {200, 330, 70};
+    s.unused_pages = 2;
+    s.seed = static_cast<std::uint64_t>(index) + 40;
+    SCOPED_TRACE(std::to_string(heads) + " heads");
+    gpu::Problem problem(s, uneven_data(s.seed));
+    const bool few = index / 4 == 1 && s.format == KvCacheFormat::kFp8;
+    if (enough_sms()) {
+      ASSERT_EQ(tiles_of_16_rows(problem), few);
+    }
+    expect_agreement(problem, {}, kFewTokensSlack, kFewTokensLse);
+  }
+}
 
 // The length around every edge of a page, a tile of two pages and a split, for every number of
 // query tokens and around every number of rows at which the kernel changes.
@@ -119,6 +145,7 @@ TEST_F(CudaTest, EdgesOfLengthsHeadsAndQueryTokens) {
 // The same edges with so few tiles that the FP8 kernel takes 16 rows a CTA, the last of them
 // perhaps less.
 TEST_F(CudaTest, EdgesOfLengthsInTilesOf16Rows) {
+  if (!enough_sms()) GTEST_SKIP() << "fewer than 132 SMs";
   const std::vector<std::int32_t> edges = {0,   1,   63,  64,  65,  127, 128, 129, 191,
                                            192, 193, 255, 256, 257, 511, 512, 513, 640};
   std::uint64_t seed = 500;
@@ -148,8 +175,8 @@ TEST_F(CudaTest, EdgesOfLengthsInTilesOf16Rows) {
         s.seed = ++seed;
         SCOPED_TRACE(std::to_string(heads) + " heads x " + std::to_string(seqlen_q) + ", p_block " +
                      std::to_string(p_block) + ", from length " + std::to_string(edges[first]));
-        ASSERT_TRUE(tiles_of_16_rows(s));
         gpu::Problem problem(s, uneven_data(seed));
+        ASSERT_TRUE(tiles_of_16_rows(problem));
         expect_agreement(problem, {}, kFewTokensSlack, kFewTokensLse);
         ASSERT_FALSE(HasFatalFailure());
       }
@@ -217,7 +244,9 @@ TEST_F(CudaTest, FewTilesForEachPart) {
           s.heads = heads;
           s.lengths.assign(static_cast<std::size_t>(batch), length - 3);
           s.lengths.back() += 3;
-          s.unused_columns = heads == 64 ? 3000 : 0;  // the table alone says little about lengths
+          // Tables of both kinds: as wide as the requests, and so wide that up to 64 rows share a
+          // CTA.
+          s.unused_columns = heads == 64 || (heads == 128 && batch % 2 == 1) ? kWideTable : 0;
           SCOPED_TRACE(std::to_string(batch) + " x " + std::to_string(length) + ", " +
                        std::to_string(heads) + " heads");
           gpu::Problem problem(s, uneven_data(++seed));
@@ -264,6 +293,7 @@ TEST_F(CudaTest, DecodeReadsPlainRows) {
         s.heads = heads;
         s.lengths = {1, 64, 1000, 129};
         s.unused_pages = 2;
+        s.unused_columns = separate ? kWideTable : 0;
         gpu::Problem problem(s, uneven_data(31));
         expect_agreement(problem, {}, 3e-3, kFewTokensLse);
       }
@@ -282,6 +312,7 @@ TEST_F(CudaTest, EmptyRowsAreZero) {
       s.lengths = {0, 1, 5, 6, 0, 7, 0};
       s.deterministic = deterministic;
       s.unused_pages = 2;
+      s.unused_columns = deterministic ? 1 : kWideTable;
       gpu::Problem problem(s);
       run(problem);
       const auto out = problem.out(), lse = problem.lse();

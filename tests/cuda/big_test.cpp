@@ -34,6 +34,7 @@ TEST_F(CudaTest, PoolsPast4GiB) {
     s.unused_pages = 5;
     s.heads = 48;
     s.lengths = {130, 4000, 64};
+    s.unused_columns = kWideTable;
     SCOPED_TRACE(std::string(to_string(pool.format)) + (pool.separate ? " separate" : " one pool"));
     gpu::Problem problem(s, uneven_data(12));
     const KvCacheView v = problem.cache();

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 
-#include "backends/cuda/mla_decode/cutting.h"
+#include "backends/cuda/mla_decode/plan.h"
 #include "gpu/fill.h"
 #include "snapmla/cuda.h"
 #include "snapmla/error.h"
@@ -58,18 +58,21 @@ PageImage readable(PageImage wanted) {
   return plain_rows ? wanted : PageImage::kSwizzled128;
 }
 
-bool tiles_of_16_rows(const gpu::ProblemShape& shape) {
-  if (shape.format != KvCacheFormat::kFp8 || shape.deterministic) return false;
+namespace {
+int num_sms() {
   int device = 0, sms = 0;
   SNAPMLA_CUDA_CHECK(cudaGetDevice(&device));
   SNAPMLA_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
-  std::int64_t pages = 1;
-  for (const std::int32_t n : shape.lengths)
-    pages = std::max<std::int64_t>(pages, (n + kPageSize - 1) / kPageSize);
-  const std::int64_t rows = shape.heads * shape.seqlen_q,
-                     tiles = (pages + shape.unused_columns + 1) / 2;
-  return rows > 16 && cuda::row_width(rows, shape.batch(), tiles, sms) == 16;
+  return sms;
 }
+}  // namespace
+
+bool tiles_of_16_rows(const gpu::Problem& problem) {
+  const cuda::PlanSizes sizes = cuda::plan_sizes(problem.decode_shape(), num_sms());
+  return sizes.row_width == 16 && sizes.rows > 16;
+}
+
+bool enough_sms() { return num_sms() >= 132; }
 
 void run(gpu::Problem& problem) {
   problem.poison_outputs();

@@ -28,11 +28,15 @@ gpu::ProblemData uneven_data(std::uint64_t seed, float spread = 2.0f);
 // DecodeReadsPlainRows fails, and the others still show what they are for.
 PageImage readable(PageImage wanted);
 
-// Whether the FP8 kernel computes the shape by 16 rows a CTA although it has more: few tiles.
-bool tiles_of_16_rows(const gpu::ProblemShape& shape);
+// Whether decode computes the problem by 16 rows a CTA although it has more: few tiles.
+bool tiles_of_16_rows(const gpu::Problem& problem);
 
 // Unused columns of a block table after which no shape of more than 16 rows is that.
-inline constexpr std::int64_t kWideTable = 1000;
+inline constexpr std::int64_t kWideTable = 4000;
+
+// Whether the GPU has as many SMs as an H100 SXM or H200: with fewer, the tests' few tiles are not
+// few.
+bool enough_sms();
 
 // Plan, decode, wait.
 void run(gpu::Problem& problem);

@@ -8,7 +8,9 @@ namespace {
 
 constexpr int kHeads = 20, kQueryTokens = 3, kLength = 330, kBadToken = 328;
 
-gpu::ProblemShape small_shape(KvCacheFormat format, int p_block, bool deterministic) {
+// columns: 1 leaves the FP8 kernel 16 rows a CTA, kWideTable 64.
+gpu::ProblemShape small_shape(KvCacheFormat format, int p_block, bool deterministic,
+                              std::int64_t columns = 1) {
   gpu::ProblemShape s;
   s.format = format;
   s.heads = kHeads;
@@ -17,7 +19,7 @@ gpu::ProblemShape small_shape(KvCacheFormat format, int p_block, bool determinis
   s.p_block = p_block;
   s.deterministic = deterministic;
   s.unused_pages = 2;
-  s.unused_columns = 1;
+  s.unused_columns = columns;
   return s;
 }
 
@@ -48,7 +50,8 @@ TEST_F(CudaSmallNan, AScaleThatIsNotPositive) {
     for (const bool deterministic : {false, true}) {
       for (const float bad : {std::nanf(""), 0.0f, -1.0f}) {
         SCOPED_TRACE("scale " + std::to_string(bad) + " p_block " + std::to_string(p_block));
-        gpu::Problem problem(small_shape(KvCacheFormat::kFp8, p_block, deterministic));
+        gpu::Problem problem(
+            small_shape(KvCacheFormat::kFp8, p_block, deterministic, bad == 0.0f ? kWideTable : 1));
         SNAPMLA_CUDA_CHECK(
             cudaMemcpy(problem.scale_of(1, kBadToken), &bad, 4, cudaMemcpyHostToDevice));
         run(problem);
@@ -59,12 +62,17 @@ TEST_F(CudaSmallNan, AScaleThatIsNotPositive) {
 }
 
 TEST_F(CudaSmallNan, ANanCodeInTheLatent) {
-  gpu::Problem problem(small_shape(KvCacheFormat::kFp8, 64, false));
-  const std::uint8_t code = 0x7f;
-  SNAPMLA_CUDA_CHECK(
-      cudaMemcpy(problem.latent_code_of(1, kBadToken, 77), &code, 1, cudaMemcpyHostToDevice));
-  run(problem);
-  expect_nan_rows(problem);
+  for (const std::int64_t columns : {std::int64_t{1}, kWideTable}) {
+    gpu::Problem problem(small_shape(KvCacheFormat::kFp8, 64, false, columns));
+    if (enough_sms()) {
+      ASSERT_EQ(tiles_of_16_rows(problem), columns == 1);
+    }
+    const std::uint8_t code = 0x7f;
+    SNAPMLA_CUDA_CHECK(
+        cudaMemcpy(problem.latent_code_of(1, kBadToken, 77), &code, 1, cudaMemcpyHostToDevice));
+    run(problem);
+    expect_nan_rows(problem);
+  }
 }
 
 TEST_F(CudaSmallNan, ANanInTheBf16Cache) {
@@ -91,7 +99,8 @@ TEST_F(CudaSmallNan, ANonFiniteKeyThatWasAppended) {
         SNAPMLA_CUDA_CHECK(cudaDeviceSynchronize());
         SNAPMLA_CUDA_CHECK(cudaMemcpy(at, &bits, 2, cudaMemcpyHostToDevice));
       };
-      gpu::Problem problem(small_shape(KvCacheFormat::kFp8, 64, false), data);
+      gpu::Problem problem(small_shape(KvCacheFormat::kFp8, 64, false, in_rope ? kWideTable : 1),
+                           data);
       run(problem);
       expect_nan_rows(problem);
     }
@@ -107,17 +116,19 @@ TEST_F(CudaSmallNan, ANonFiniteQueryReachesItsOwnRowOnly) {
     const std::int64_t row = (1 * kQueryTokens + 1) * kHeads + 7;
     SNAPMLA_CUDA_CHECK(cudaMemcpy(latent + row * 512 + 4, &infinity, 2, cudaMemcpyHostToDevice));
   };
-  gpu::Problem problem(small_shape(KvCacheFormat::kFp8, 64, false), data);
-  run(problem);
-  const auto out = problem.out(), lse = problem.lse();
-  for (std::int64_t b = 0; b < 3; ++b) {
-    for (std::int64_t t = 0; t < kQueryTokens; ++t) {
-      for (std::int64_t h = 0; h < kHeads; ++h) {
-        const bool bad = b == 1 && t == 1 && h == 7;
-        const auto row = static_cast<std::size_t>((b * kQueryTokens + t) * kHeads + h);
-        EXPECT_EQ(std::isnan(lse[static_cast<std::size_t>((b * kHeads + h) * kQueryTokens + t)]),
-                  bad);
-        for (std::size_t d = 0; d < 512; ++d) ASSERT_EQ(std::isnan(out[row * 512 + d]), bad);
+  for (const std::int64_t columns : {std::int64_t{1}, kWideTable}) {
+    gpu::Problem problem(small_shape(KvCacheFormat::kFp8, 64, false, columns), data);
+    run(problem);
+    const auto out = problem.out(), lse = problem.lse();
+    for (std::int64_t b = 0; b < 3; ++b) {
+      for (std::int64_t t = 0; t < kQueryTokens; ++t) {
+        for (std::int64_t h = 0; h < kHeads; ++h) {
+          const bool bad = b == 1 && t == 1 && h == 7;
+          const auto row = static_cast<std::size_t>((b * kQueryTokens + t) * kHeads + h);
+          EXPECT_EQ(std::isnan(lse[static_cast<std::size_t>((b * kHeads + h) * kQueryTokens + t)]),
+                    bad);
+          for (std::size_t d = 0; d < 512; ++d) ASSERT_EQ(std::isnan(out[row * 512 + d]), bad);
+        }
       }
     }
   }

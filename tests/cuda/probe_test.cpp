@@ -37,7 +37,6 @@ void probe(KvCacheFormat format, PageImage image, int p_block, int heads, int se
   s.heads = heads;
   s.seqlen_q = seqlen_q;
   s.lengths.assign(static_cast<std::size_t>(requests), kTokens);
-  ASSERT_EQ(tiles_of_16_rows(s), requests < kTokens && !s.deterministic);
   s.softmax_scale = 1.0f;
   s.out = DType::kF32;
   s.deterministic = shift % 2 == 0;
@@ -78,6 +77,9 @@ void probe(KvCacheFormat format, PageImage image, int p_block, int heads, int se
     SNAPMLA_CUDA_CHECK(cudaMemcpy(rope, r.data(), r.size() * 2, cudaMemcpyHostToDevice));
   };
   gpu::Problem problem(s, data);
+  if (enough_sms()) {
+    ASSERT_EQ(tiles_of_16_rows(problem), requests < kTokens);
+  }
   run(problem);
   const auto out = problem.out();
   int wrong = 0;
@@ -126,9 +128,9 @@ TEST_F(CudaTest, OneHotInTilesOf16Rows) {
   constexpr int kFew = 13;
   for (const auto& [heads, seqlen_q] :
        std::vector<std::pair<int, int>>{{128, 1}, {64, 1}, {96, 1}, {24, 1}, {32, 3}}) {
-    for (int shift = 1; shift < 576; shift += 144) {
+    for (int shift = 1; shift < 576; shift += 144) {  // odd: a balanced plan
       for (int first = 0; first < kTokens; first += kFew)
-        probe(KvCacheFormat::kFp8, PageImage::kSwizzled128, 64, heads, seqlen_q, shift | 1, first,
+        probe(KvCacheFormat::kFp8, PageImage::kSwizzled128, 64, heads, seqlen_q, shift, first,
               kFew);
     }
   }

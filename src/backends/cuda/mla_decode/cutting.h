@@ -109,7 +109,7 @@ struct OneEachCosts {
   int tile, split, cut, crowd;
 };
 
-// `width`: rows of a CTA.
+// `width`: rows of a CTA; the BF16 kernel computes 64 however few there are.
 SNAPMLA_HD OneEachCosts one_each_costs(int width, int rows) {
   const int cut = rows <= 16 ? 2 : rows <= 32 ? 4 : rows <= 64 ? 14 : rows / 4;
   if (width <= 32) return {120, 5, cut, 0};

@@ -91,15 +91,16 @@ struct DecodeParams {
   float scale_log2e;  // softmax_scale * log2(e)
   std::int32_t batch, heads_q, seqlen_q, rows, parts;
   std::int32_t row_width, row_tiles;  // rows of a CTA; CTAs that share a part
-  std::int32_t slot_rows;             // rows of a partial result: row_tiles * row_width
-  std::int32_t max_tiles;             // of a request, by the width of block_table
-  bool deterministic;                 // the order of sums must not depend on the batch
+  std::int32_t slot_rows;  // rows of a partial result: `rows` up to 16, 32 or whole tiles
+  std::int32_t max_tiles;  // of a request, by the width of block_table
+  bool deterministic;      // the order of sums must not depend on the batch
 };
 
 // CTAs of a cluster. PERF: two row tiles of a part read the same pages; on the two SMs of one TPC,
 // where a cluster puts them, their requests become one before they reach L2 (L1 request coalescer).
 // 128 rows: 43 -> 23 million sectors read from L2 (21 if all met), 334 -> 320 us, sustained 381 ->
-// 365 (power); BF16 475 -> 448 and 550 -> 514. Nothing else makes use of the cluster.
+// 365 (power); BF16 475 -> 448 and 550 -> 514. Nothing else makes use of the cluster. Of an odd
+// number of tiles, one in two parts has its neighbour in another part.
 inline unsigned cluster_size(const DecodeParams& p) {
   return p.row_tiles > 1 && p.parts * p.row_tiles % 2 == 0 ? 2 : 1;
 }
