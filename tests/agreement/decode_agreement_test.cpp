@@ -81,6 +81,31 @@ TEST_P(DecodeShapes, BackendsAgreeWithFp64AndEachOther) {
 
 INSTANTIATE_TEST_SUITE_P(Table, DecodeShapes, ::testing::Range(0, 6000));
 
+// Scales that are powers of two and no score: P is exact in f32 and in double, and what is left are
+// the tensor core's cuts, here written twice. An exponent of the product, or a sum that is not cut
+// itself, would be 1.6e-5 off.
+TEST(TensorCoreSums, OfExactWeightsAreCutAlike) {
+  for (const Accumulation accumulation :
+       {Accumulation::kTensorCore, Accumulation::kTensorCoreOneLevel}) {
+    for (const int p_block : {64, 128}) {
+      Shape shape;
+      shape.lengths = {700, 64, 5};
+      shape.heads = 3;
+      shape.p_block = p_block;
+      shape.scale_mode = ScaleMode::kPow2;
+      shape.softmax_scale = 1e-30f;
+      shape.accumulation = accumulation;
+      Problem p = make_problem(shape, 8, ref_backend());
+      const Fp64 want = fp64_attention(p);
+      const Result got = p.decode(ref_backend());
+      // In one chain the sum goes through f32 in units of sigma between blocks.
+      EXPECT_LT(relative_error(got.out, want.emulated.out),
+                accumulation == Accumulation::kTensorCore ? 1e-6 : 1.2e-5);
+      EXPECT_GT(relative_error(want.emulated.out, want.exact.out), 5e-5) << "nothing is cut";
+    }
+  }
+}
+
 // Results must not depend on how many threads shared the work.
 TEST(DecodeThreads, ChangeNoBit) {
   for (int index = 0; index < 240; ++index) {
