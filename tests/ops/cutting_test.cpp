@@ -249,6 +249,21 @@ TEST(Cutting, FewTilesAreComputedBySixteenRows) {
   EXPECT_EQ(width(16, 128, 8192), 16);
 }
 
+// A grid that is no multiple of its cluster is not launched at all.
+TEST(Cutting, ClustersFillTheGrid) {
+  int odd = 0;
+  for (const int sms : {132, 114, 78, 7}) {
+    for (int row_tiles = 1; row_tiles <= 128; ++row_tiles) {
+      const int parts = std::max(1, sms / row_tiles), grid = parts * row_tiles;
+      const auto size = static_cast<int>(cluster_size(parts, row_tiles));
+      EXPECT_EQ(grid % size, 0) << parts << " parts, " << row_tiles << " row tiles";
+      EXPECT_EQ(size == 2, row_tiles > 1 && grid % 2 == 0);
+      odd += row_tiles > 1 && size == 1;
+    }
+  }
+  EXPECT_GT(odd, 0);
+}
+
 TEST(Cutting, FewRequestsSaveLittle) {
   EXPECT_EQ(cut_cost(66, 128), kCutCost);
   EXPECT_EQ(cut_cost(66, 8), kCutCost * 16 / 66);

@@ -4,6 +4,7 @@
 
 #include "backends/cuda/launch.h"
 #include "backends/cuda/mla_decode/bf16_kernel.h"
+#include "backends/cuda/mla_decode/cutting.h"
 
 namespace snapmla::cuda {
 
@@ -18,7 +19,8 @@ void launch_mla_decode_bf16(const DecodeParams& params, cudaStream_t stream) {
         "mla_decode (bf16): shared memory");
   launch_clusters("mla_decode (bf16)", Ordering::kOverlap, kernel,
                   dim3(static_cast<unsigned>(params.parts * params.row_tiles)),
-                  dim3(bf16_decode::kThreads), cluster_size(params), kSharedBytes, stream, params);
+                  dim3(bf16_decode::kThreads), cluster_size(params.parts, params.row_tiles),
+                  kSharedBytes, stream, params);
 }
 
 }  // namespace snapmla::cuda

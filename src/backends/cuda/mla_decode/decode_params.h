@@ -3,7 +3,7 @@
 //   rows      = seqlen_q * heads_q, row r = token * heads_q + head
 //   row tile  = row_width consecutive rows, one CTA each; BF16: 64, FP8: 16, 32 or 64 (plan.h)
 //   part      = one share of the batch's tokens; its row tiles run in adjacent CTAs, two to a
-//               cluster (see cluster_size):  blockIdx.x = part * row_tiles + row_tile
+//               cluster (cluster_size in cutting.h):  blockIdx.x = part * row_tiles + row_tile
 //   item      = (request, [tile_begin, tile_end), slot): consecutive tiles of kTileTokens tokens
 //   slot      = -1: the whole request, written to out / lse directly; otherwise the index of a
 //               partial result in out_accum / lse_accum. Some are merged by the CTA that comes
@@ -95,15 +95,6 @@ struct DecodeParams {
   std::int32_t max_tiles;  // of a request, by the width of block_table
   bool deterministic;      // the order of sums must not depend on the batch
 };
-
-// CTAs of a cluster. PERF: two row tiles of a part read the same pages; on the two SMs of one TPC,
-// where a cluster puts them, their requests become one before they reach L2 (L1 request coalescer).
-// 128 rows: 43 -> 23 million sectors read from L2 (21 if all met), 334 -> 320 us, sustained 381 ->
-// 365 (power); BF16 475 -> 448 and 550 -> 514. Nothing else makes use of the cluster. Of an odd
-// number of tiles, one in two parts has its neighbour in another part.
-inline unsigned cluster_size(const DecodeParams& p) {
-  return p.row_tiles > 1 && p.parts * p.row_tiles % 2 == 0 ? 2 : 1;
-}
 
 // Items of one part in the order of work. The last item, which the next part may share, comes
 // second: what has to be merged is then merged early and under other CTAs' work, not when all end.

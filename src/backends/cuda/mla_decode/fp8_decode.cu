@@ -4,6 +4,7 @@
 #include "backends/cuda/mla_decode/fp8_kernel.h"
 
 #include "backends/cuda/launch.h"
+#include "backends/cuda/mla_decode/cutting.h"
 #include "backends/cuda/mla_decode/fp8_launch.h"
 
 namespace snapmla::cuda {
@@ -19,7 +20,7 @@ void launch_instance(const DecodeParams& p, cudaStream_t stream) {
         "mla_decode: shared memory");
   launch_clusters("mla_decode", Ordering::kOverlap, kernel,
                   dim3(static_cast<unsigned>(p.parts * p.row_tiles)), dim3(Traits::kThreads),
-                  cluster_size(p), kSharedBytes, stream, p);
+                  cluster_size(p.parts, p.row_tiles), kSharedBytes, stream, p);
 }
 
 template <int kPBlock>

@@ -22,6 +22,7 @@ PlanSizes plan_sizes(const DecodeShape& shape, int num_sms) {
                 : shape.deterministic               ? widest_tile(s.rows)
                                       : row_width(s.rows, shape.batch, s.max_tiles, num_sms);
   s.row_tiles = (s.rows + s.row_width - 1) / s.row_width;
+  // The BF16 kernel computes 64 rows of fewer; they need not be stored.
   s.slot_rows = s.row_tiles == 1 ? widest_tile(s.rows) : s.row_tiles * s.row_width;
   s.parts = std::clamp<std::int64_t>(num_sms / s.row_tiles, 1, kMaxParts);
   const std::int64_t splits = (s.max_tiles + kTilesPerSplit - 1) / kTilesPerSplit;
