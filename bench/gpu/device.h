@@ -21,6 +21,14 @@ inline void check(cudaError_t status, const char* what, const char* file, int li
 }
 #define SNAPMLA_CUDA_CHECK(call) ::snapmla::gpu::check((call), #call, __FILE__, __LINE__)
 
+// Of the current device.
+inline int num_sms() {
+  int device = 0, sms = 0;
+  SNAPMLA_CUDA_CHECK(cudaGetDevice(&device));
+  SNAPMLA_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+  return sms;
+}
+
 // `count` elements of device memory. The contents are undefined until written.
 template <class T>
 class DeviceBuffer {

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "backends/cuda/mla_decode/plan.h"
 #include "fill.h"
 
 namespace snapmla::gpu {
@@ -93,6 +94,10 @@ Problem::Problem(const ProblemShape& shape, const ProblemData& data)
 
 double Problem::cache_bytes() const {
   return static_cast<double>(shape_.tokens()) * (shape_.format == KvCacheFormat::kFp8 ? 644 : 1152);
+}
+
+std::int64_t Problem::rows_per_cta() const {
+  return cuda::plan_sizes(decode_shape(), num_sms()).row_width;
 }
 
 double Problem::flop() const {

@@ -253,17 +253,22 @@ __device__ float tensor_core_add(float accumulator, const float* a, const float*
   return cut_sum(sum * unit);
 }
 
-// sum_j code_j / s_j of a block, from f16 factors s_min / s_j and f16 sums of the eight tokens
-// 64 a + 8 n + i, n = 0..7, added up further without rounding.
-template <int kBlock>
+// How l is summed: without rounding, or as the FP8 kernel does with 64 rows a CTA or with fewer.
+enum class RowSum { kExact, kWide, kFew };
+
+// sum_j code_j / s_j of a block, from f16 factors s_min / s_j and f16 sums, added up further
+// without rounding: of the eight tokens 64 a + 8 n + i, n = 0..7 (kWide), or of the tokens that are
+// 64 apart (kFew).
+template <int kBlock, RowSum kHow>
 __device__ double rounded_row_sum(const float* code, const float* scale, int count) {
+  constexpr int kStep = kHow == RowSum::kWide ? 8 : 64, kSpan = kHow == RowSum::kWide ? 64 : kBlock;
   float smallest = scale[0];
   for (int j = 1; j < count; ++j) smallest = fminf(smallest, scale[j]);
   double sum = 0;
-  for (int a = 0; a < kBlock; a += 64) {
-    for (int i = 0; i < 8; ++i) {
+  for (int a = 0; a < kBlock; a += kSpan) {
+    for (int i = 0; i < kStep; ++i) {
       __half part = __float2half_rn(0.0f);
-      for (int j = a + i; j < min(a + 64, count); j += 8)
+      for (int j = a + i; j < min(a + kSpan, count); j += kStep)
         part = __hfma(__float2half_rn(code[j]), __float2half_rn(smallest / scale[j]), part);
       sum += static_cast<double>(__half2float(part));
     }
@@ -273,8 +278,7 @@ __device__ double rounded_row_sum(const float* code, const float* scale, int cou
 
 // x -> out [rows, 512] and lse through the tensor core's accumulation, P in blocks of kBlock
 // tokens. One block of threads per row; a thread owns two dimensions and walks along the tokens.
-// kWhole: l as the kernel sums it, too.
-template <int kBlock, bool kWhole>
+template <int kBlock, RowSum kRowSum>
 __global__ void tensor_core_kernel(Request p, Rows rows, std::int64_t keys, bool two_level,
                                    const double* x, double* out, double* lse) {
   constexpr int kGroup = 32, kDims = kLatent / kThreads;
@@ -302,11 +306,11 @@ __global__ void tensor_core_kernel(Request p, Rows rows, std::int64_t keys, bool
       share = sigma * code[threadIdx.x] / s;
     }
     share = block_reduce(share, add);  // also publishes code[] and scale[]
-    if constexpr (kWhole) {
-      // One thread's work; all meet it where the loop ends.
-      if (threadIdx.x == 0) l += sigma * rounded_row_sum<kBlock>(code, scale, count);
-    } else {
+    if constexpr (kRowSum == RowSum::kExact) {
       l += share;
+    } else {
+      // One thread's work; all meet it where the loop ends.
+      if (threadIdx.x == 0) l += sigma * rounded_row_sum<kBlock, kRowSum>(code, scale, count);
     }
     for (int i = 0; i < kDims; ++i) {
       const int d = i * kThreads + static_cast<int>(threadIdx.x);
@@ -341,8 +345,10 @@ __global__ void tensor_core_kernel(Request p, Rows rows, std::int64_t keys, bool
 ReferenceResult reference_attention(const ReferenceProblem& problem,
                                     const std::vector<ReferenceRow>& rows, cudaStream_t stream,
                                     PEmulation emulation) {
+  // Scores and l as the FP8 kernel sums them, too.
   const bool whole =
-      emulation == PEmulation::kTensorCore64 || emulation == PEmulation::kTensorCore128;
+      emulation == PEmulation::kTensorCore64 || emulation == PEmulation::kTensorCore128 ||
+      emulation == PEmulation::kTensorCoreFew64 || emulation == PEmulation::kTensorCoreFew128;
   const bool sums =
       whole || emulation == PEmulation::kOneLevel64 || emulation == PEmulation::kTwoLevel64;
   if ((sums && problem.cache.element != DType::kE4M3) ||
@@ -393,13 +399,24 @@ ReferenceResult reference_attention(const ReferenceProblem& problem,
     (whole ? score_kernel<true> : score_kernel<false>)<<<tokens, kThreads, 0, stream>>>(
         request, device_rows, most, x.data());
     SNAPMLA_CUDA_CHECK(cudaGetLastError());
-    if (whole || emulation == PEmulation::kOneLevel64 || emulation == PEmulation::kTwoLevel64) {
-      (emulation == PEmulation::kTensorCore128 ? tensor_core_kernel<128, true>
-       : emulation == PEmulation::kTensorCore64
-           ? tensor_core_kernel<64, true>
-           : tensor_core_kernel<64, false>)<<<y, kThreads, 0, stream>>>(
-          request, device_rows, most, emulation != PEmulation::kOneLevel64, x.data(), out.data(),
-          lse.data());
+    if (sums) {
+      const auto kernel = [&] {
+        switch (emulation) {
+          case PEmulation::kTensorCore64:
+            return tensor_core_kernel<64, RowSum::kWide>;
+          case PEmulation::kTensorCore128:
+            return tensor_core_kernel<128, RowSum::kWide>;
+          case PEmulation::kTensorCoreFew64:
+            return tensor_core_kernel<64, RowSum::kFew>;
+          case PEmulation::kTensorCoreFew128:
+            return tensor_core_kernel<128, RowSum::kFew>;
+          default:
+            return tensor_core_kernel<64, RowSum::kExact>;
+        }
+      }();
+      kernel<<<y, kThreads, 0, stream>>>(request, device_rows, most,
+                                         emulation != PEmulation::kOneLevel64, x.data(), out.data(),
+                                         lse.data());
     } else {
       weight_kernel<<<y, kThreads, 0, stream>>>(request, device_rows, most, emulation, x.data(),
                                                 lse.data());

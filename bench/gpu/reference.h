@@ -55,12 +55,14 @@ struct ReferenceRow {
 // kOneLevel64, kTwoLevel64: kBlock64 with PV summed as Hopper's tensor cores do (32 products and
 // the accumulator cut towards zero 13 bits below the largest exponent, of a product the sum of its
 // operands'; the sum cut to 14 bits), in one chain over the whole context or started anew in each
-// block. kTensorCore64, kTensorCore128: PV as kTwoLevel64, in blocks of 64 or 128, the latent part
-// of the scores added up by the tensor core too, one chain of 16 groups of 32 in the order in which
-// the FP8 kernel takes them, and l from f16 sums of eight products with f16 factors s_min / s_j, as
-// the kernel forms it with 64 rows a CTA: what that kernel computes where a row sees all tokens
-// of its last block (s_min is of those it sees here, of those that exist there). These four are for
-// an e4m3 cache, the last two for an e4m3 query as well.
+// block. kTensorCore*: PV as kTwoLevel64, in blocks of 64 or 128, the latent part of the scores
+// added up by the tensor core too, one chain of 16 groups of 32 in the order in which the FP8
+// kernel takes them, and l from f16 products with f16 factors s_min / s_j and f16 sums of them, as
+// the kernel forms it: with 64 rows a CTA sums of eight products, with fewer rows (kTensorCoreFew*)
+// of one for each half of the block, that is one or two. That is what the kernel computes where a
+// row sees all tokens of its last block (s_min is of those it sees here, of those that exist
+// there). kOneLevel64 and all after it are for an e4m3 cache, kTensorCore* for an e4m3 query as
+// well.
 enum class PEmulation {
   kExact,
   kBlock64,
@@ -69,7 +71,9 @@ enum class PEmulation {
   kOneLevel64,
   kTwoLevel64,
   kTensorCore64,
-  kTensorCore128
+  kTensorCore128,
+  kTensorCoreFew64,
+  kTensorCoreFew128
 };
 
 struct ReferenceResult {

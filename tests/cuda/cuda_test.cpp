@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstdlib>
 
-#include "backends/cuda/mla_decode/plan.h"
 #include "gpu/fill.h"
 #include "snapmla/cuda.h"
 #include "snapmla/error.h"
@@ -58,21 +57,11 @@ PageImage readable(PageImage wanted) {
   return plain_rows ? wanted : PageImage::kSwizzled128;
 }
 
-namespace {
-int num_sms() {
-  int device = 0, sms = 0;
-  SNAPMLA_CUDA_CHECK(cudaGetDevice(&device));
-  SNAPMLA_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
-  return sms;
-}
-}  // namespace
-
 bool tiles_of_16_rows(const gpu::Problem& problem) {
-  const cuda::PlanSizes sizes = cuda::plan_sizes(problem.decode_shape(), num_sms());
-  return sizes.row_width == 16 && sizes.rows > 16;
+  return problem.rows_per_cta() == 16 && problem.shape().seqlen_q * problem.shape().heads > 16;
 }
 
-bool enough_sms() { return num_sms() >= 132; }
+bool enough_sms() { return gpu::num_sms() >= 132; }
 
 void run(gpu::Problem& problem) {
   problem.poison_outputs();

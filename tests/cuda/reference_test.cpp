@@ -185,11 +185,15 @@ TEST_F(CudaSmallReference, EmulationEqualsTheSpecification) {
 }
 
 // What an emulation rounds: the sums of PV always, from zero in each block with two levels, and,
-// as the FP8 kernel does as well, those of the scores and of l.
+// as the FP8 kernel does as well, those of the scores and of l: f16 sums of tokens `apart` within
+// `span` (0: neither is rounded).
 struct Rounding {
   gpu::PEmulation emulation;
   int p_block;
-  bool two_level, whole;
+  bool two_level;
+  int apart, span;
+
+  bool whole() const { return span > 0; }
 };
 
 // One row of attention as the tensor core adds it up, on the host: scores and PV in groups of 32
@@ -224,7 +228,7 @@ std::vector<double> tensor_core_row(const HostCopy& host, const gpu::ProblemShap
     }
     double score = 0;
     for (int d = 512; d < 576; ++d) score += host.query(s, row, d) / q_scale * code(j, d);
-    score += how.whole ? static_cast<double>(chain) : exact;
+    score += how.whole() ? static_cast<double>(chain) : exact;
     y[static_cast<std::size_t>(j)] =
         score * q_scale * scale(j) * static_cast<double>(s.softmax_scale) * 1.44269504088896340736 +
         std::log2(scale(j));
@@ -246,12 +250,13 @@ std::vector<double> tensor_core_row(const HostCopy& host, const gpu::ProblemShap
       const double exact = 448 * std::exp2(y[static_cast<std::size_t>(j)] - m);
       p.push_back(e4m3_value(numeric::e4m3_from_float(static_cast<float>(exact)).bits));
     }
-    for (std::int64_t j = begin; j < end && !how.whole; ++j)
+    for (std::int64_t j = begin; j < end && !how.whole(); ++j)
       l += sigma * p[static_cast<std::size_t>(j - begin)] / scale(j);
-    for (int column = 0; column < p_block && how.whole; ++column) {
-      if (column % 64 >= 8) continue;  // the first of eight tokens, eight apart
+    for (int column = 0; column < p_block && how.whole(); ++column) {
+      if (column % how.span >= how.apart) continue;  // not the first of a sum
       _Float16 sum = 0;
-      for (std::int64_t j = column; j < column / 64 * 64 + 64 && begin + j < end; j += 8) {
+      const int past = column / how.span * how.span + how.span;
+      for (std::int64_t j = column; j < past && begin + j < end; j += how.apart) {
         const auto ratio = static_cast<_Float16>(static_cast<float>(smallest) /
                                                  static_cast<float>(scale(begin + j)));
         sum = static_cast<_Float16>(p[static_cast<std::size_t>(j)] * static_cast<double>(ratio) +
@@ -283,8 +288,10 @@ std::vector<double> tensor_core_row(const HostCopy& host, const gpu::ProblemShap
 TEST_F(CudaSmallReference, TheTensorCoresSumsAreOfE4m3Only) {
   gpu::Problem problem(small_shape(KvCacheFormat::kBf16, PageImage::kSwizzled128), uneven_data(24));
   const auto reference = problem.reference();
-  for (const auto emulation : {gpu::PEmulation::kOneLevel64, gpu::PEmulation::kTwoLevel64,
-                               gpu::PEmulation::kTensorCore64, gpu::PEmulation::kTensorCore128}) {
+  for (const auto emulation :
+       {gpu::PEmulation::kOneLevel64, gpu::PEmulation::kTwoLevel64, gpu::PEmulation::kTensorCore64,
+        gpu::PEmulation::kTensorCore128, gpu::PEmulation::kTensorCoreFew64,
+        gpu::PEmulation::kTensorCoreFew128}) {
     EXPECT_THROW(gpu::reference_attention(reference, gpu::all_rows(reference), nullptr, emulation),
                  std::invalid_argument)
         << static_cast<int>(emulation);
@@ -292,10 +299,12 @@ TEST_F(CudaSmallReference, TheTensorCoresSumsAreOfE4m3Only) {
 }
 
 TEST_F(CudaSmallReference, TensorCoreEmulationEqualsAPlainHostLoop) {
-  const Rounding kinds[] = {{gpu::PEmulation::kTensorCore64, 64, true, true},
-                            {gpu::PEmulation::kTensorCore128, 128, true, true},
-                            {gpu::PEmulation::kTwoLevel64, 64, true, false},
-                            {gpu::PEmulation::kOneLevel64, 64, false, false}};
+  const Rounding kinds[] = {{gpu::PEmulation::kTensorCore64, 64, true, 8, 64},
+                            {gpu::PEmulation::kTensorCore128, 128, true, 8, 64},
+                            {gpu::PEmulation::kTensorCoreFew64, 64, true, 64, 64},
+                            {gpu::PEmulation::kTensorCoreFew128, 128, true, 64, 128},
+                            {gpu::PEmulation::kTwoLevel64, 64, true, 0, 0},
+                            {gpu::PEmulation::kOneLevel64, 64, false, 0, 0}};
   for (const Rounding& how : kinds) {
     SCOPED_TRACE(static_cast<int>(how.emulation));
     const gpu::ProblemShape s = small_shape(KvCacheFormat::kFp8, PageImage::kSwizzled128);
