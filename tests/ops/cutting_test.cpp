@@ -266,7 +266,9 @@ TEST(Cutting, ClustersFillTheGrid) {
 
 TEST(Cutting, FewRequestsSaveLittle) {
   EXPECT_EQ(cut_cost(66, 128), kCutCost);
-  EXPECT_EQ(cut_cost(66, 8), kCutCost * 16 / 66);
+  EXPECT_EQ(cut_cost(66, 8), 2);
+  EXPECT_EQ(cut_cost(132, 32), 3);
+  EXPECT_EQ(cut_cost(132, 1 << 30), kCutCost);
   EXPECT_EQ(cut_cost(132, 0), 0);
 }
 

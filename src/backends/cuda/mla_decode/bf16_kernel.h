@@ -41,6 +41,7 @@
 #include "backends/cuda/ptx/fence.h"
 #include "backends/cuda/ptx/mbarrier.h"
 #include "backends/cuda/ptx/pdl.h"
+#include "backends/cuda/ptx/prefetch.h"
 #include "backends/cuda/ptx/wgmma.h"
 #include "backends/cuda/ptx/wgmma_bf16.h"
 
@@ -318,14 +319,14 @@ __device__ __forceinline__ void begin_item(const DecodeParams& p, MathState& m, 
 
 template <int kEarly>
 __device__ __forceinline__ void compute_even(const DecodeParams& p, SharedStorage& s,
-                                             int item_begin, int item_end, int row_begin) {
+                                             PartItems items, int row_begin) {
   MathState m;
   m.scale = p.scale_log2e;
   m.live = row_begin + (thread_in_group() >> 5) * 16 < p.rows;
   std::uint32_t parity = 0, item_parity = 0;
-  for (int i = item_begin; i < item_end; ++i, item_parity ^= 1) {
-    if (i + 1 == item_end) ptx::griddepcontrol_launch_dependents();
-    const DecodeItem item = p.plan.items[i];
+  for (int n = 0; n < items.count; ++n, item_parity ^= 1) {
+    if (n + 1 == items.count) ptx::griddepcontrol_launch_dependents();
+    const DecodeItem item = *items.at(p.plan, n);
     const PageRange pages = page_range(item);
     begin_item(p, m, item.length, row_begin);
     wait(s.query_full, item_parity);
@@ -347,14 +348,14 @@ __device__ __forceinline__ void compute_even(const DecodeParams& p, SharedStorag
   }
 }
 
-__device__ __forceinline__ void compute_odd(const DecodeParams& p, SharedStorage& s, int item_begin,
-                                            int item_end, int row_begin) {
+__device__ __forceinline__ void compute_odd(const DecodeParams& p, SharedStorage& s,
+                                            PartItems items, int row_begin) {
   MathState m;
   m.scale = p.scale_log2e;
   m.live = row_begin + (thread_in_group() >> 5) * 16 < p.rows;
   std::uint32_t parity = 0, item_parity = 0;
-  for (int i = item_begin; i < item_end; ++i, item_parity ^= 1) {
-    const DecodeItem item = p.plan.items[i];
+  for (int n = 0; n < items.count; ++n, item_parity ^= 1) {
+    const DecodeItem item = *items.at(p.plan, n);
     const PageRange pages = page_range(item);
     begin_item(p, m, item.length, row_begin);
     int page = pages.first + 1;
@@ -403,23 +404,24 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) init_barriers(s);
   __syncthreads();
   ptx::griddepcontrol_wait();  // the plan, the queries and the cache come from earlier kernels
-  const int item_begin = p.plan.parts[part].begin;
-  const int item_end = item_begin + p.plan.parts[part].count;
+  // Its first item arrives with the counts, not after them.
+  ptx::prefetch_global_l1(&p.plan.parts[part].first);
+  const PartItems items{part, p.plan.parts[part].begin, p.plan.parts[part].count};
   if (threadIdx.x < 128) {
     ptx::setmaxnreg_dec<kLoadRegisters>();
     if (threadIdx.x == 0) {
-      copy_pages<0>(p, s, item_begin, item_end);
+      copy_pages<0>(p, s, items);
     } else if (threadIdx.x == 32) {
-      copy_pages<1>(p, s, item_begin, item_end);
+      copy_pages<1>(p, s, items);
     } else if (threadIdx.x >= 64) {
-      load_queries(p, s, item_begin, item_end, row_begin);
+      load_queries(p, s, items, row_begin);
     }
   } else if (threadIdx.x < 256) {
     ptx::setmaxnreg_inc<kMathRegisters>();
-    compute_even<kEarly>(p, s, item_begin, item_end, row_begin);
+    compute_even<kEarly>(p, s, items, row_begin);
   } else {
     ptx::setmaxnreg_inc<kMathRegisters>();
-    compute_odd(p, s, item_begin, item_end, row_begin);
+    compute_odd(p, s, items, row_begin);
   }
 }
 

@@ -33,7 +33,7 @@ __device__ __forceinline__ PageRange page_range(const DecodeItem& item) {
 // One thread per slot: every second page of each item. Entries of the block table past the
 // request's last page are not read.
 template <int kSlot>
-__device__ void copy_pages(const DecodeParams& p, SharedStorage& s, int item_begin, int item_end) {
+__device__ void copy_pages(const DecodeParams& p, SharedStorage& s, PartItems items) {
   // PERF: with many row tiles a page is read again, and must still be in L2: evict-first cost 5% at
   // 256 rows. With one or two it is no slower on big batches, and faster where replays of one call
   // find a part of few keys in L2 (8 x 8,192 tokens, 128 rows, 51.7 -> 47.1 us), which no model's
@@ -41,8 +41,8 @@ __device__ void copy_pages(const DecodeParams& p, SharedStorage& s, int item_beg
   const bool evict_first = p.row_tiles <= 2;
   const std::uint64_t policy = ptx::l2_policy_evict_first();
   std::uint32_t parity = 1;  // the first pass over the ring finds it empty
-  for (int i = item_begin; i < item_end; ++i) {
-    const DecodeItem item = p.plan.items[i];
+  for (int n = 0; n < items.count; ++n) {
+    const DecodeItem item = *items.at(p.plan, n);
     const PageRange pages = page_range(item);
     const std::int32_t* table = p.block_table + item.request * p.table_stride;
     int page = pages.first + kSlot;
@@ -78,13 +78,13 @@ __device__ void copy_pages(const DecodeParams& p, SharedStorage& s, int item_beg
 }
 
 // 64 threads: 64 rows of each item's query; rows past the last become zeros and are not read.
-__device__ inline void load_queries(const DecodeParams& p, SharedStorage& s, int item_begin,
-                                    int item_end, int row_begin) {
+__device__ inline void load_queries(const DecodeParams& p, SharedStorage& s, PartItems items,
+                                    int row_begin) {
   const int unit = static_cast<int>(threadIdx.x) & 7;
   const int first_row = (static_cast<int>(threadIdx.x) & 63) >> 3;
   std::uint32_t parity = 1;
-  for (int i = item_begin; i < item_end; ++i, parity ^= 1) {
-    const std::int64_t request = p.plan.items[i].request;
+  for (int n = 0; n < items.count; ++n, parity ^= 1) {
+    const std::int64_t request = items.at(p.plan, n)->request;
     wait(s.query_empty, parity);
     RowPlace place(row_begin + first_row, p.heads_q);
 #pragma unroll 1

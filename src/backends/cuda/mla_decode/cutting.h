@@ -39,9 +39,12 @@ SNAPMLA_HD int even_limit(long long share) {
   return static_cast<int>(share) + kCutCost - kItemCost;
 }
 
-// What the busiest part pays for cuts in a stream: with few requests, few parts have any.
+// What parts pay for cuts in a stream, on average and rounded up: with few requests, few have any.
+// PERF: rounded down, 32 requests of 32,768 tokens at 64 rows went into a stream: 184.5 us, evenly
+// 182.5.
 SNAPMLA_HD int cut_cost(int parts, int requests) {
-  return 2ll * requests < parts ? static_cast<int>(kCutCost * 2ll * requests / parts) : kCutCost;
+  const long long each = (2ll * kCutCost * requests + parts - 1) / parts;
+  return each < kCutCost ? static_cast<int>(each) : kCutCost;
 }
 
 struct Pieces {
