@@ -6,6 +6,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "backends/cuda/mla_decode/cutting.h"
 #include "backends/cuda/mla_decode/plan.h"
 #include "fill.h"
 
@@ -97,7 +98,16 @@ double Problem::cache_bytes() const {
 }
 
 std::int64_t Problem::rows_per_cta() const {
-  return cuda::plan_sizes(decode_shape(), num_sms()).row_width;
+  const cuda::PlanSizes sizes = cuda::plan_sizes(decode_shape(), num_sms());
+  std::int64_t cost = 0;
+  for (const std::int32_t n : shape_.lengths)
+    cost += cuda::cost_of((n + cuda::kTileTokens - 1) / cuda::kTileTokens);
+  const bool narrow = sizes.narrow_tiles > 0 && cuda::is_narrow(sizes.rows, cost, num_sms());
+  return narrow ? cuda::kNarrowTile : sizes.row_width;
+}
+
+bool Problem::plan_chooses_rows() const {
+  return cuda::plan_sizes(decode_shape(), num_sms()).narrow_tiles > 0;
 }
 
 double Problem::flop() const {

@@ -61,8 +61,10 @@ class Problem {
   const ProblemShape& shape() const { return shape_; }
   // Bytes of latent, rope and scale of all cached tokens: what a decode must read at least.
   double cache_bytes() const;
-  // Rows of query heads and tokens that one CTA of the decode kernel computes on this GPU.
+  // Rows of query heads and tokens that one CTA of the decode kernel computes on this GPU, with the
+  // present lengths, and whether another plan of the same shape might have it compute others.
   std::int64_t rows_per_cta() const;
+  bool plan_chooses_rows() const;
   double flop() const;  // 2 * 1088 * (row, visible token) pairs of full length: the usual count
 
   void plan(cudaStream_t stream);

@@ -60,27 +60,87 @@ INSTANTIATE_TEST_SUITE_P(Shared, CudaSmallTable,
                                            411, 468));
 
 // Two row tiles of 64 rows and eight of 16, in clusters of two, requests in one piece and in
-// several; 17 to 32 rows.
+// several; 17 to 32 rows. The widest row tiles; 16 rows a CTA; 16 rows because the plan says so.
+class CudaSmallPlan : public CudaTest {};
 class CudaSmallTiles : public CudaTest, public ::testing::WithParamInterface<int> {};
-INSTANTIATE_TEST_SUITE_P(All, CudaSmallTiles, ::testing::Range(0, 8));
+INSTANTIATE_TEST_SUITE_P(All, CudaSmallTiles, ::testing::Values(0, 1, 2, 3, 4, 5, 6, 7, 8, 10));
 TEST_P(CudaSmallTiles, AgreeWithFp64) {
   const int index = GetParam();
   gpu::ProblemShape s;
   s.format = index % 2 == 0 ? KvCacheFormat::kFp8 : KvCacheFormat::kBf16;
   s.p_block = index / 2 % 2 == 0 ? 64 : 128;
-  s.unused_columns = index / 4 == 0 ? kWideTable : 1;
+  s.unused_columns = index / 4 == 2 ? kWideTable : 1;
   for (const int heads : {128, 20}) {
     s.heads = heads;
     s.lengths = {200, 330, 70};
+    if (index / 4 == 0) add_empty_requests(s);
     s.unused_pages = 2;
     s.seed = static_cast<std::uint64_t>(index) + 40;
     SCOPED_TRACE(std::to_string(heads) + " heads");
     gpu::Problem problem(s, uneven_data(s.seed));
-    const bool few = index / 4 == 1 && s.format == KvCacheFormat::kFp8;
     if (enough_sms()) {
-      ASSERT_EQ(tiles_of_16_rows(problem), few);
+      const bool fp8 = s.format == KvCacheFormat::kFp8;
+      ASSERT_EQ(tiles_of_16_rows(problem), fp8 && index / 4 > 0);
+      ASSERT_EQ(problem.plan_chooses_rows(), fp8 && index / 4 == 2);
     }
     expect_agreement(problem, {}, kFewTokensSlack, kFewTokensLse);
+  }
+}
+
+// Few rows of many query tokens: here the plan decides for 64 rows a CTA.
+TEST_F(CudaSmallPlan, ChoosesTheWidestRowTiles) {
+  gpu::ProblemShape s;
+  s.heads = 128;
+  s.seqlen_q = 16;
+  s.lengths = {700};
+  s.p_block = 128;
+  gpu::Problem problem(s, uneven_data(60));
+  if (enough_sms()) {
+    ASSERT_EQ(problem.rows_per_cta(), 64);
+    ASSERT_TRUE(problem.plan_chooses_rows());
+  }
+  expect_agreement(problem, gpu::sample_rows(problem.reference(), 300, 3), kFewTokensSlack,
+                   kFewTokensLse);
+}
+
+// One workspace, one grid: the plan decides anew for each set of lengths. 26 heads x 16: the grid
+// of 16 rows a CTA, 5 parts x 26, is larger than that of 64, 18 x 7.
+TEST_F(CudaTest, ThePlanChoosesTheRowsOfACta) {
+  if (!enough_sms()) GTEST_SKIP() << "fewer than 132 SMs";
+  struct Case {
+    int heads, seqlen_q, requests, few, many, width;
+  };
+  std::uint64_t seed = 700;
+  for (const Case& c : {Case{32, 1, 66, 640, 700, 32}, Case{17, 1, 60, 100, 1500, 32},
+                        Case{64, 1, 4, 640, 8192, 64}, Case{64, 1, 33, 640, 1000, 64},
+                        Case{48, 1, 44, 300, 900, 64}, Case{128, 1, 1, 8192, 32768, 64},
+                        Case{128, 1, 16, 640, 1000, 64}, Case{128, 2, 8, 640, 1200, 64},
+                        Case{128, 16, 1, 400, 700, 64}, Case{26, 16, 5, 100, 700, 64}}) {
+    for (const int p_block : {64, 128}) {
+      gpu::ProblemShape s;
+      s.heads = c.heads;
+      s.seqlen_q = c.seqlen_q;
+      s.p_block = p_block;
+      s.lengths.assign(static_cast<std::size_t>(c.requests), c.many);
+      s.out = seed % 2 == 0 ? DType::kBF16 : DType::kF32;
+      s.unused_pages = 2;
+      s.seed = ++seed;
+      SCOPED_TRACE(std::to_string(c.heads) + " heads x " + std::to_string(c.seqlen_q) + ", " +
+                   std::to_string(c.requests) + " requests, p_block " + std::to_string(p_block));
+      gpu::Problem problem(s, uneven_data(seed));
+      ASSERT_TRUE(problem.plan_chooses_rows());
+      for (const int length : {c.many, c.few, c.many, 1, 0}) {
+        SCOPED_TRACE(std::to_string(length) + " tokens");
+        std::vector<std::int32_t> lengths = s.lengths;
+        for (std::size_t b = 0; b < lengths.size(); ++b)
+          lengths[b] = std::max(0, length - static_cast<int>(b % 3));
+        problem.set_lengths(lengths);
+        ASSERT_EQ(problem.rows_per_cta(), length == c.many ? c.width : 16);
+        expect_agreement(problem, gpu::sample_rows(problem.reference(), 100, seed), kFewTokensSlack,
+                         kFewTokensLse);
+        ASSERT_FALSE(HasFatalFailure());
+      }
+    }
   }
 }
 
@@ -245,8 +305,8 @@ TEST_F(CudaTest, FewTilesForEachPart) {
           s.heads = heads;
           s.lengths.assign(static_cast<std::size_t>(batch), length - 3);
           s.lengths.back() += 3;
-          // Tables of both kinds: as wide as the requests, and so wide that up to 64 rows share a
-          // CTA.
+          // Tables of both kinds: as wide as the requests, and so wide that the plan says how many
+          // rows share a CTA.
           s.unused_columns = heads == 64 || (heads == 128 && batch % 2 == 1) ? kWideTable : 0;
           SCOPED_TRACE(std::to_string(batch) + " x " + std::to_string(length) + ", " +
                        std::to_string(heads) + " heads");
@@ -294,7 +354,7 @@ TEST_F(CudaTest, DecodeReadsPlainRows) {
         s.heads = heads;
         s.lengths = {1, 64, 1000, 129};
         s.unused_pages = 2;
-        s.unused_columns = separate ? kWideTable : 0;
+        if (separate) add_empty_requests(s);
         gpu::Problem problem(s, uneven_data(31));
         expect_agreement(problem, {}, 3e-3, kFewTokensLse);
       }

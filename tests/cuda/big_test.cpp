@@ -34,7 +34,7 @@ TEST_F(CudaTest, PoolsPast4GiB) {
     s.unused_pages = 5;
     s.heads = 48;
     s.lengths = {130, 4000, 64};
-    s.unused_columns = kWideTable;
+    add_empty_requests(s);
     SCOPED_TRACE(std::string(to_string(pool.format)) + (pool.separate ? " separate" : " one pool"));
     gpu::Problem problem(s, uneven_data(12));
     const KvCacheView v = problem.cache();

@@ -61,6 +61,11 @@ bool tiles_of_16_rows(const gpu::Problem& problem) {
   return problem.rows_per_cta() == 16 && problem.shape().seqlen_q * problem.shape().heads > 16;
 }
 
+void add_empty_requests(gpu::ProblemShape& shape) {
+  const std::int64_t tiles = (shape.heads * shape.seqlen_q + 15) / 16;
+  while (shape.batch() * tiles <= gpu::num_sms()) shape.lengths.push_back(0);
+}
+
 bool enough_sms() { return gpu::num_sms() >= 132; }
 
 void run(gpu::Problem& problem) {

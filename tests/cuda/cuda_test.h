@@ -28,11 +28,12 @@ gpu::ProblemData uneven_data(std::uint64_t seed, float spread = 2.0f);
 // DecodeReadsPlainRows fails, and the others still show what they are for.
 PageImage readable(PageImage wanted);
 
-// Whether decode computes the problem by 16 rows a CTA although it has more: few tiles.
+// Whether decode computes the problem by 16 rows a CTA although it has more: few tiles. Requests
+// without a token keep it from that, whatever their number of heads; a block table wider than the
+// requests leaves it to the plan.
 bool tiles_of_16_rows(const gpu::Problem& problem);
-
-// Unused columns of a block table after which no shape of more than 16 rows is that.
-inline constexpr std::int64_t kWideTable = 4000;
+void add_empty_requests(gpu::ProblemShape& shape);
+inline constexpr std::int64_t kWideTable = 4000;  // unused columns
 
 // Whether the GPU has as many SMs as an H100 SXM or H200: with fewer, the tests' few tiles are not
 // few.

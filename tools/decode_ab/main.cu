@@ -3,10 +3,11 @@
 //   decode_ab NAME [--burst] SHAPE...
 //
 // SHAPE = HEADSxSEQLENxBATCHxCONTEXT with letters behind it: b BF16 cache, p P blocks of 64, r
-// lengths log-uniform from 1,024 to CONTEXT. Ten calls in a CUDA graph; burst: after 0.2 s of
-// idling, about 25 ms; sustained: 0.3 s after 0.5 s of the same load. Prints NAME, SHAPE, medians
-// in us and TFLOP/s, and the difference between this shape's output and the previous one's where
-// both have the same size (the same shape with and without b: 3%, else something is wrong).
+// lengths log-uniform from 1,024 to CONTEXT, w a block table wide enough for 131,072 tokens. Ten
+// calls in a CUDA graph; burst: after 0.2 s of idling, about 25 ms; sustained: 0.3 s after 0.5 s of
+// the same load. Prints NAME, SHAPE, medians in us and TFLOP/s, and the difference between this
+// shape's output and the previous one's where both have the same size (the same shape with and
+// without b: 3%, else something is wrong).
 #include <cuda_runtime.h>
 #include <snapmla/cuda.h>
 
@@ -130,7 +131,8 @@ void measure(const std::string& name, const std::string& spec, bool burst_only, 
   int h = 0, s = 0, batch = 0, context = 0;
   if (std::sscanf(spec.c_str(), "%dx%dx%dx%d", &h, &s, &batch, &context) != 4 || h < 1 || s < 1 ||
       batch < 1 || context < 1) {
-    std::fprintf(stderr, "error: got shape '%s', accepted is HEADSxSEQLENxBATCHxCONTEXT[b][p][r]\n",
+    std::fprintf(stderr,
+                 "error: got shape '%s', accepted is HEADSxSEQLENxBATCHxCONTEXT[b][p][r][w]\n",
                  spec.c_str());
     std::exit(2);
   }
@@ -145,7 +147,8 @@ void measure(const std::string& name, const std::string& spec, bool burst_only, 
                                                       std::log(context));
     for (auto& length : lengths) length = static_cast<std::int32_t>(std::exp(log_length(random)));
   }
-  const std::int64_t columns = (context + kPageSize - 1) / kPageSize;
+  const std::int64_t columns =
+      (std::max(context, has('w') ? 131072 : 0) + kPageSize - 1) / kPageSize;
   std::int64_t pages = 0, tokens = 0;
   for (const auto length : lengths) {
     pages += (length + kPageSize - 1) / kPageSize;

@@ -18,9 +18,8 @@ void launch_mla_decode_bf16(const DecodeParams& params, cudaStream_t stream) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
         "mla_decode (bf16): shared memory");
   launch_clusters("mla_decode (bf16)", Ordering::kOverlap, kernel,
-                  dim3(static_cast<unsigned>(params.parts * params.row_tiles)),
-                  dim3(bf16_decode::kThreads), cluster_size(params.parts, params.row_tiles),
-                  kSharedBytes, stream, params);
+                  dim3(static_cast<unsigned>(params.ctas)), dim3(bf16_decode::kThreads),
+                  cluster_size(params.ctas, params.row_tiles), kSharedBytes, stream, params);
 }
 
 }  // namespace snapmla::cuda

@@ -12,6 +12,7 @@
 
 #include "backends/cuda/launch.h"
 #include "backends/cuda/mla_decode/combine.h"
+#include "backends/cuda/mla_decode/cutting.h"
 #include "backends/cuda/mla_decode/fragments.h"
 #include "backends/cuda/ptx/convert.h"
 #include "backends/cuda/ptx/math.h"
@@ -37,15 +38,15 @@ struct Shared {
   float2 sum[kBlocks][kSharing][128];
 };
 
-// Block (row tile, half of the dims, m, n) of the CTA; see fragments.h.
-template <int kRows>
+// A block's place: row tile of 1 << log_width rows, half of the dims, m, n; see fragments.h.
 struct Block {
   int row_begin, half, m, n;
-  __device__ explicit Block(int index) {
-    n = index % (kRows / 8);
-    m = index / (kRows / 8) % 4;
-    half = index / (kRows / 8) / 4 % 2;
-    row_begin = index / (kRows / 8) / 8 * kRows;
+  __device__ Block(int index, int log_width) {
+    n = index & ((1 << (log_width - 3)) - 1);
+    index >>= log_width - 3;
+    m = index % 4;
+    half = index / 4 % 2;
+    row_begin = index / 8 << log_width;
   }
 };
 
@@ -70,16 +71,19 @@ __device__ void write(const DecodeParams& p, int request, int row, int dim, cons
 }
 
 // Threads of a block: `sharer` of kSharing * 128, `place` in the CTA.
-template <int kRows, int kSharing>
-__device__ void combine_block(const DecodeParams& p, Shared<kSharing>& s, int request, int first,
-                              int count) {
+template <int kSharing>
+__device__ void combine_block(const DecodeParams& p, Shared<kSharing>& s, int log_width,
+                              int request, int first, int count) {
   constexpr int kSharers = kSharing * 128, kWeighed = Shared<kSharing>::kWeighed;
   const int thread = static_cast<int>(threadIdx.x) & 127;
   const int sharer = static_cast<int>(threadIdx.x) % kSharers, group = sharer >> 7;
   const int place = static_cast<int>(threadIdx.x) / kSharers;
-  const Block<kRows> b(static_cast<int>(blockIdx.x) * Shared<kSharing>::kBlocks + place);
+  const Block b(static_cast<int>(blockIdx.x) * Shared<kSharing>::kBlocks + place, log_width);
+  // A narrow plan may have fewer blocks than there are places.
+  if (b.row_begin >= p.rows) count = 0;
+  const int width = 1 << log_width;
   const float4* from =
-      fragments<kRows>(p, first, b.row_begin, b.half) + fragment_at<kRows>(b.m, b.n) + thread;
+      fragments(p, first, b.row_begin, b.half, width) + fragment_at(b.m, b.n, width) + thread;
   const std::int64_t split_stride = static_cast<std::int64_t>(p.slot_rows) * 128;  // float4
   float4 x[kAhead];
   const auto load = [&](int split) {
@@ -171,8 +175,8 @@ __device__ void combine_block(const DecodeParams& p, Shared<kSharing>& s, int re
 }
 
 // Grid (blocks, some): over the plan's list.
-template <int kRows, int kSharing>
-__global__ void __launch_bounds__(kThreads)
+template <int kSharing>
+__global__ void __launch_bounds__(kThreads, 2)
     combine_fragments_kernel(const __grid_constant__ DecodeParams p) {
   __shared__ Shared<kSharing> s;
   // The decode kernel lets this one start only when the plan is there: nothing to wait for yet.
@@ -181,46 +185,41 @@ __global__ void __launch_bounds__(kThreads)
   // Both at once: the grid has at most `batch` rows.
   const int4 first = __ldcg(reinterpret_cast<const int4*>(p.plan.merges + i));
   DecodeMerge merge{first.x, first.y, first.z, first.w};
+  const bool narrow = p.narrow_tiles > 0 && __ldcg(p.plan.narrow) != 0;
+  const int log_width = __ffs(narrow ? kNarrowTile : p.row_width) - 1;
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   while (i < num_merges) {
-    combine_block<kRows>(p, s, merge.request, merge.first_slot, merge.splits);
+    combine_block(p, s, log_width, merge.request, merge.first_slot, merge.splits);
     i += static_cast<int>(gridDim.y);
     if (i < num_merges) merge = p.plan.merges[i];
   }
 }
 
-template <int kRows, int kSharing>
-void launch_sharing(const DecodeParams& p, cudaStream_t stream) {
+template <int kSharing>
+void launch_sharing(const DecodeParams& p, unsigned blocks, cudaStream_t stream) {
   const auto requests = static_cast<unsigned>(p.batch);
-  const auto ctas =
-      static_cast<unsigned>(p.row_tiles * 2 * 4 * (kRows / 8) / Shared<kSharing>::kBlocks);
+  const unsigned ctas = blocks / Shared<kSharing>::kBlocks;
   // With many requests most are usually merged by the decode kernel: few CTAs start sooner.
   const unsigned most = requests <= 16 ? requests : std::clamp(kManyCtas / ctas, 1u, requests);
-  launch("combine", Ordering::kOverlap, combine_fragments_kernel<kRows, kSharing>, dim3(ctas, most),
+  launch("combine", Ordering::kOverlap, combine_fragments_kernel<kSharing>, dim3(ctas, most),
          dim3(kThreads), 0, stream, p);
-}
-
-template <int kRows>
-void launch_rows(const DecodeParams& p, cudaStream_t stream) {
-  // Of equal requests: more only takes longer. Groups share where they would have many splits, and
-  // where there are not enough blocks for all SMs.
-  const int splits = std::min(p.parts / p.batch + 1, p.max_tiles);
-  const std::int64_t blocks = std::int64_t{p.batch} * p.row_tiles * 2 * 4 * (kRows / 8);
-  const auto sharing_pays = [&](int sharing) {
-    return splits > sharing / 2 * kEnough || blocks * sharing <= kWaveGroups;
-  };
-  if (p.deterministic || sharing_pays(4)) return launch_sharing<kRows, 4>(p, stream);
-  if (sharing_pays(2)) return launch_sharing<kRows, 2>(p, stream);
-  launch_sharing<kRows, 1>(p, stream);
 }
 
 }  // namespace
 
 void launch_combine_fragments(const DecodeParams& p, cudaStream_t stream) {
-  if (p.row_width == 16) return launch_rows<16>(p, stream);
-  if (p.row_width == 32) return launch_rows<32>(p, stream);
-  launch_rows<64>(p, stream);
+  // Of equal requests: more only takes longer. Groups share where they would have many splits, and
+  // where there are not enough blocks for all SMs.
+  const int splits = std::min(p.parts / p.batch + 1, p.max_tiles);
+  const auto blocks = static_cast<unsigned>(p.row_tiles * p.row_width);  // 8 rows x 64 dims each
+  const auto sharing_pays = [&](int sharing) {
+    return splits > sharing / 2 * kEnough ||
+           std::int64_t{p.batch} * blocks * sharing <= kWaveGroups;
+  };
+  if (p.deterministic || sharing_pays(4)) return launch_sharing<4>(p, blocks, stream);
+  if (sharing_pays(2)) return launch_sharing<2>(p, blocks, stream);
+  launch_sharing<1>(p, blocks, stream);
 }
 
 }  // namespace snapmla::cuda

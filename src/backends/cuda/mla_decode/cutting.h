@@ -93,24 +93,29 @@ SNAPMLA_HD Piece piece_at(int parts, const Cutting& how, const Pieces& pieces, i
 // Rows of a CTA of the FP8 kernel: as many as there are, up to 64.
 SNAPMLA_HD int widest_tile(long long rows) { return rows <= 16 ? 16 : rows <= 32 ? 32 : 64; }
 
-// The same for a batch of at most `tiles` tiles per request: 16 where each request gets SMs of its
-// own and they have little to do. Each page is then read by more CTAs, but a tile's scores, softmax
-// and PV take about half as long. From a sweep on an H200 (docs/notes/fp8-decode-hopper.md,
-// variant 46).
-SNAPMLA_HD int row_width(long long rows, long long requests, long long tiles, int sms) {
-  constexpr long long kBusy = 7;  // tiles and starts per SM from which it does not pay
-  const long long each = requests * ((rows + 15) / 16);
-  const bool few = each <= sms && (tiles + kItemCost) * each <= kBusy * sms;
-  return few ? 16 : widest_tile(rows);
+inline constexpr int kNarrowTile = 16;
+SNAPMLA_HD long long narrow_tiles(long long rows) { return (rows + kNarrowTile - 1) / kNarrowTile; }
+
+// Whether the plan may give a CTA fewer rows than that: each request gets SMs of its own.
+SNAPMLA_HD bool may_be_narrow(long long rows, long long requests, int sms) {
+  return rows > kNarrowTile && requests * narrow_tiles(rows) <= sms;
 }
 
-// CTAs of a cluster. PERF: two row tiles of a part read the same pages; on the two SMs of one TPC,
-// where a cluster puts them, their requests become one before they reach L2 (L1 request coalescer).
-// 128 rows: 43 -> 23 million sectors read from L2 (21 if all met), 334 -> 320 us, sustained 381 ->
-// 365 (power); BF16 475 -> 448 and 550 -> 514. Nothing else makes use of the cluster. Of an odd
-// number of tiles, one in two parts has its neighbour in another part.
-SNAPMLA_HD unsigned cluster_size(int parts, int row_tiles) {
-  return row_tiles > 1 && parts * row_tiles % 2 == 0 ? 2 : 1;
+// Whether it does, for requests whose tiles and starts cost `cost` in all: the SMs have little to
+// do. Each page is then read by more CTAs, but a tile's scores, softmax and PV take about half as
+// long. From a sweep on an H200 (docs/notes/fp8-decode-hopper.md, variant 46).
+SNAPMLA_HD bool is_narrow(long long rows, long long cost, int sms) {
+  constexpr long long kBusy = 7;  // tiles and starts per SM from which it does not pay
+  return cost * narrow_tiles(rows) <= kBusy * sms;
+}
+
+// CTAs of a cluster, of `ctas` in all. PERF: two row tiles of a part read the same pages; on the
+// two SMs of one TPC, where a cluster puts them, their requests become one before they reach L2 (L1
+// request coalescer). 128 rows: 43 -> 23 million sectors read from L2 (21 if all met), 334 -> 320
+// us, sustained 381 -> 365 (power); BF16 475 -> 448 and 550 -> 514. Nothing else makes use of the
+// cluster. Of an odd number of tiles, one in two parts has its neighbour in another part.
+SNAPMLA_HD unsigned cluster_size(int ctas, int row_tiles) {
+  return row_tiles > 1 && ctas % 2 == 0 ? 2 : 1;
 }
 
 // What one piece a part costs, in hundredths of a microsecond: a tile, a split in combine, a

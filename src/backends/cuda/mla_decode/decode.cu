@@ -137,8 +137,8 @@ void plan_decode(const DecodeShape& shape, const TensorView& cache_seqlens,
   check_tensor("cache_seqlens", cache_seqlens, {shape.batch}, {DType::kI32});
   check_workspace(shape, workspace);
   const PlanSizes sizes = plan_sizes(shape, num_sms());
-  launch_plan(shape, sizes, cache_seqlens.data<std::int32_t>(), plan_view(sizes, workspace.data),
-              static_cast<cudaStream_t>(stream));
+  launch_plan(shape, sizes, num_sms(), cache_seqlens.data<std::int32_t>(),
+              plan_view(sizes, workspace.data), static_cast<cudaStream_t>(stream));
 }
 
 void mla_decode(const MlaDecodeArgs& a, const DecodeShape& shape, const Workspace& workspace,
@@ -211,6 +211,8 @@ void mla_decode(const MlaDecodeArgs& a, const DecodeShape& shape, const Workspac
   p.rows = static_cast<std::int32_t>(sizes.rows);
   p.row_width = static_cast<std::int32_t>(sizes.row_width);
   p.row_tiles = static_cast<std::int32_t>(sizes.row_tiles);
+  p.narrow_tiles = static_cast<std::int32_t>(sizes.narrow_tiles);
+  p.ctas = static_cast<std::int32_t>(sizes.ctas);
   p.parts = static_cast<std::int32_t>(sizes.parts);
   p.slot_rows = static_cast<std::int32_t>(sizes.slot_rows);
   p.max_tiles = static_cast<std::int32_t>(sizes.max_tiles);

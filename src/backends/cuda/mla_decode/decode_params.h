@@ -1,7 +1,8 @@
 // What a decode kernel is given: tensors, the plan, and how rows map to CTAs.
 //
 //   rows      = seqlen_q * heads_q, row r = token * heads_q + head
-//   row tile  = row_width consecutive rows, one CTA each; BF16: 64, FP8: 16, 32 or 64 (plan.h)
+//   row tile  = row_width consecutive rows, one CTA each; BF16: 64, FP8: 16, 32 or 64 (plan.h);
+//               in a narrow plan 16, whatever row_width is
 //   part      = one share of the batch's tokens; its row tiles run in adjacent CTAs, two to a
 //               cluster (cluster_size in cutting.h):  blockIdx.x = part * row_tiles + row_tile
 //   item      = (request, [tile_begin, tile_end), slot): consecutive tiles of kTileTokens tokens
@@ -47,11 +48,12 @@ struct alignas(16) DecodeMerge {
 
 // Device pointers into the workspace.
 struct DecodePlanView {
-  DecodePart* parts;         // [parts]
+  DecodePart* parts;         // [part_entries], without items past the last part
   DecodeItem* items;         // [max_items]
   DecodeMerge* merges;       // [batch] what is left to combine, in no order
   std::int32_t* num_merges;  // how many
-  std::int32_t* arrivals;    // [max_slots, row_tiles, 2] of a request's first slot, by half of the
+  std::int32_t* narrow;      // 1: 16 rows a CTA; written where the shape leaves that to the plan
+  std::int32_t* arrivals;    // [max_slots, row tiles, 2] of a request's first slot, by half of the
                              // output dims: how many partial results are there; 0 between launches
   // Partial results. BF16: O / l and lse (base 2). FP8: O, as fragments.h says, and (R, l).
   float* out_accum;  // [max_slots, slot_rows, 512] f32
@@ -90,10 +92,12 @@ struct DecodeParams {
   DecodePlanView plan;
   float scale_log2e;  // softmax_scale * log2(e)
   std::int32_t batch, heads_q, seqlen_q, rows, parts;
+  std::int32_t ctas;
   std::int32_t row_width, row_tiles;  // rows of a CTA; CTAs that share a part
-  std::int32_t slot_rows;  // rows of a partial result: `rows` up to 16, 32 or whole tiles
-  std::int32_t max_tiles;  // of a request, by the width of block_table
-  bool deterministic;      // the order of sums must not depend on the batch
+  std::int32_t narrow_tiles;  // CTAs that share a part of a narrow plan; 0: it cannot be one
+  std::int32_t slot_rows;     // rows of a partial result: `rows` up to 16, 32 or whole tiles
+  std::int32_t max_tiles;     // of a request, by the width of block_table
+  bool deterministic;         // the order of sums must not depend on the batch
 };
 
 // Items of one part in the order of work. The last item, which the next part may share, comes

@@ -10,24 +10,34 @@
 namespace snapmla::cuda {
 namespace {
 
-template <int kRows, int kPBlock>
-void launch_instance(const DecodeParams& p, cudaStream_t stream) {
-  using Traits = Fp8DecodeTraits<kRows, kPBlock>;
+template <class Traits>
+void launch_kernel(void (*kernel)(DecodeParams), const DecodeParams& p, cudaStream_t stream) {
   constexpr int kSharedBytes = static_cast<int>(sizeof(Fp8SharedStorage<Traits>));
   static_assert(kSharedBytes <= 232448, "shared memory of a Hopper CTA: 227 KiB");
-  const auto kernel = fp8_decode::fp8_decode_kernel<Traits>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
         "mla_decode: shared memory");
-  launch_clusters("mla_decode", Ordering::kOverlap, kernel,
-                  dim3(static_cast<unsigned>(p.parts * p.row_tiles)), dim3(Traits::kThreads),
-                  cluster_size(p.parts, p.row_tiles), kSharedBytes, stream, p);
+  launch_clusters("mla_decode", Ordering::kOverlap, kernel, dim3(static_cast<unsigned>(p.ctas)),
+                  dim3(Traits::kThreads), cluster_size(p.ctas, p.row_tiles), kSharedBytes, stream,
+                  p);
+}
+
+template <int kRows, int kPBlock>
+void launch_width(const DecodeParams& p, cudaStream_t stream) {
+  using Traits = Fp8DecodeTraits<kRows, kPBlock>;
+  if constexpr (kRows > kNarrowTile) {
+    using Narrow = Fp8DecodeTraits<kNarrowTile, kPBlock>;
+    static_assert(sizeof(Fp8SharedStorage<Narrow>) <= sizeof(Fp8SharedStorage<Traits>));
+    if (p.narrow_tiles > 0)
+      return launch_kernel<Traits>(fp8_decode::fp8_decode_either_kernel<Traits, Narrow>, p, stream);
+  }
+  launch_kernel<Traits>(fp8_decode::fp8_decode_kernel<Traits>, p, stream);
 }
 
 template <int kPBlock>
 void launch_rows(const DecodeParams& p, cudaStream_t stream) {
-  if (p.row_width == 16) return launch_instance<16, kPBlock>(p, stream);
-  if (p.row_width == 32) return launch_instance<32, kPBlock>(p, stream);
-  launch_instance<64, kPBlock>(p, stream);
+  if (p.row_width == 16) return launch_width<16, kPBlock>(p, stream);
+  if (p.row_width == 32) return launch_width<32, kPBlock>(p, stream);
+  launch_width<64, kPBlock>(p, stream);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@
 // P as the shared-memory operand. FP8 accumulators keep about 14 bits: T starts from zero in every
 // block and is added to O in f32 (two-level accumulation).
 //
-// Grid: parts * row_tiles CTAs of 512 threads, one per SM, in clusters of two where there are
+// Grid: a CTA of 512 threads per part and row tile, one per SM, in clusters of two where there are
 // several row tiles. Each walks the items of its part.
 //   warpgroup 0 (24 registers)   warp 0: page copies; warp 1: token factors; warps 2, 3: query
 //   warpgroup 1                  scores, softmax, P; up to 32 rows: transposed, fp8_score_few.h
@@ -37,42 +37,44 @@
 namespace snapmla::cuda {
 namespace fp8_decode {
 
-template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1)
-    fp8_decode_kernel(const __grid_constant__ DecodeParams p) {
-  using Storage = Fp8SharedStorage<Traits>;
-  extern __shared__ __align__(1024) std::uint8_t shared_bytes[];
-  Storage& s = *reinterpret_cast<Storage*>(shared_bytes);
+// Runs `with` for each barrier of the CTA and how many warps and threads arrive at it.
+template <class Storage, class With>
+__device__ __forceinline__ void for_barriers(Storage& s, With with) {
+  for (int slot = 0; slot < 2; ++slot) {
+    for (int group = 0; group < kGroups; ++group) {
+      const bool rope = group == kRopeGroup;
+      with(s.k_full[slot][group], rope ? 1 : 0, 1);    // the token factors; the copies
+      with(s.k_empty[slot][group], rope ? 4 : 12, 0);  // the score warps; the PV warps
+    }
+    with(s.p_full[slot], 4, 0);
+    with(s.p_empty[slot], 8, 0);
+  }
+  for (auto& barrier : s.l_full) with(barrier, 4, 0);
+  with(s.q_full, 2, 0);
+  with(s.q_empty, 4, 0);
+}
+
+// What needs no earlier kernel's results: the barriers, where rows lie.
+template <class Storage>
+__device__ __forceinline__ void set_up(const DecodeParams& p, Storage& s, int row_begin) {
   const int thread = static_cast<int>(threadIdx.x);
-  const int warpgroup = __shfl_sync(~0u, thread >> 7, 0);  // the compiler sees that it is uniform
-  const int part = static_cast<int>(blockIdx.x) / p.row_tiles;
-  const int row_begin = (static_cast<int>(blockIdx.x) % p.row_tiles) * Traits::kRows;
   if (thread == 0) {
-    const auto init = [](std::uint64_t& barrier, int warps, int threads = 0) {
+    for_barriers(s, [](std::uint64_t& barrier, int warps, int threads) {
       mbarrier_init(shared_address(&barrier),
                     static_cast<std::uint32_t>(warps * kArrivingLanes + threads));
-    };
-    for (int slot = 0; slot < 2; ++slot) {
-      for (int group = 0; group < kGroups; ++group) {
-        const bool rope = group == kRopeGroup;
-        init(s.k_full[slot][group], rope ? 1 : 0, 1);  // the token factors; the copies
-        init(s.k_empty[slot][group], rope ? 4 : 12);   // the score warps; the PV warps
-      }
-      init(s.p_full[slot], 4);
-      init(s.p_empty[slot], 8);
-      s.rescale_flags[slot] = 0;
-    }
-    for (auto& barrier : s.l_full) init(barrier, 4);
-    init(s.q_full, 2);
-    init(s.q_empty, 4);
+    });
+    s.rescale_flags[0] = s.rescale_flags[1] = 0;
     fence_mbarrier_init();
   }
   if (thread >= 128 && thread < 192) place_row(p, s, row_begin, thread - 128);
   __syncthreads();
-  griddepcontrol_wait();  // the plan, the query and the cache come from earlier kernels
-  // Its first item arrives with the counts, not after them.
-  prefetch_global_l1(&p.plan.parts[part].first);
-  const PartItems items{part, p.plan.parts[part].begin, p.plan.parts[part].count};
+}
+
+template <class Traits, class Storage>
+__device__ __forceinline__ void decode_items(const DecodeParams& p, Storage& s, PartItems items,
+                                             int row_begin) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warpgroup = __shfl_sync(~0u, thread >> 7, 0);  // the compiler sees that it is uniform
   if (warpgroup == 0) {
     setmaxnreg_dec<24>();
     const int warp = thread >> 5;
@@ -98,6 +100,59 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     setmaxnreg_inc<Traits::kPvRegisters>();
     accumulate_values<Traits>(p, s, items, row_begin, warpgroup - 2);
   }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    fp8_decode_kernel(const __grid_constant__ DecodeParams p) {
+  extern __shared__ __align__(1024) std::uint8_t shared_bytes[];
+  auto& s = *reinterpret_cast<Fp8SharedStorage<Traits>*>(shared_bytes);
+  const int part = static_cast<int>(blockIdx.x) / p.row_tiles;
+  const int row_begin = (static_cast<int>(blockIdx.x) % p.row_tiles) * Traits::kRows;
+  set_up(p, s, row_begin);
+  griddepcontrol_wait();  // the plan, the query and the cache come from earlier kernels
+  // Its first item arrives with the counts, not after them.
+  prefetch_global_l1(&p.plan.parts[part].first);
+  decode_items<Traits>(p, s, {part, p.plan.parts[part].begin, p.plan.parts[part].count}, row_begin);
+}
+
+// Items of a part, loaded here: the compiler would move a plain load to where it is used.
+__device__ __forceinline__ PartItems items_of(const DecodeParams& p, int part) {
+  PartItems items{part, 0, 0};
+  asm volatile("ld.global.v2.s32 {%0, %1}, [%2];"
+               : "=r"(items.begin), "=r"(items.count)
+               : "l"(__cvta_generic_to_global(&p.plan.parts[part].begin)));
+  return items;
+}
+
+// Where the plan decides whether a CTA computes 16 rows or up to 64 (plan.h). It is set up for the
+// more, which then starts nearly as early as in a kernel of its own.
+template <class Wide, class Narrow>
+__global__ void __launch_bounds__(Wide::kThreads, 1)
+    fp8_decode_either_kernel(const __grid_constant__ DecodeParams p) {
+  extern __shared__ __align__(1024) std::uint8_t shared_bytes[];
+  auto& wide = *reinterpret_cast<Fp8SharedStorage<Wide>*>(shared_bytes);
+  auto& narrow = *reinterpret_cast<Fp8SharedStorage<Narrow>*>(shared_bytes);
+  const int cta = static_cast<int>(blockIdx.x);
+  const int part = cta / p.row_tiles, narrow_part = cta / p.narrow_tiles;
+  set_up(p, wide, (cta - part * p.row_tiles) * Wide::kRows);
+  griddepcontrol_wait();
+  prefetch_global_l1(&p.plan.parts[part].first);
+  prefetch_global_l1(&p.plan.parts[narrow_part].first);
+  const PartItems items = items_of(p, part), narrow_items = items_of(p, narrow_part);
+  if (*p.plan.narrow == 0) {
+    decode_items<Wide>(p, wide, items, (cta - part * p.row_tiles) * Wide::kRows);
+    return;
+  }
+  if (threadIdx.x == 0) {
+    for_barriers(wide, [](std::uint64_t& barrier, int, int) {
+      mbarrier_inval(shared_address(&barrier));  // others will lie there
+    });
+  }
+  __syncthreads();
+  const int row_begin = (cta - narrow_part * p.narrow_tiles) * Narrow::kRows;
+  set_up(p, narrow, row_begin);
+  decode_items<Narrow>(p, narrow, narrow_items, row_begin);
 }
 
 }  // namespace fp8_decode

@@ -104,9 +104,10 @@ __device__ __forceinline__ bool merge_splits(const DecodeParams& p, Storage& s,
   constexpr int kRows = Traits::kRows;
   const int thread = threadIdx.x & 127, t = threadIdx.x & 3;
   const int first = item.first_slot, count = item.splits;
-  std::int32_t* arrivals =
-      p.plan.arrivals + (static_cast<std::int64_t>(first) * p.row_tiles + row_begin / kRows) * 2 +
-      half;
+  const int row_tiles = (p.rows + kRows - 1) / kRows;
+  std::int32_t* arrivals = p.plan.arrivals +
+                           (static_cast<std::int64_t>(first) * row_tiles + row_begin / kRows) * 2 +
+                           half;
   if (count <= kMergeSplits) {
     if (thread == 0) {
       s.arrived[half] = *reinterpret_cast<volatile std::int32_t*>(arrivals);
@@ -115,12 +116,12 @@ __device__ __forceinline__ bool merge_splits(const DecodeParams& p, Storage& s,
     barrier_sync(1 + half, 128);
   }
   if (count > kMergeSplits || s.arrived[half] != count - 1) {
-    float4* to = fragments<kRows>(p, item.slot, row_begin, half) + thread;
+    float4* to = fragments(p, item.slot, row_begin, half, kRows) + thread;
 #pragma unroll
     for (int m = 0; m < 4; ++m)
 #pragma unroll
       for (int n = 0; n < kRows / 8; ++n)
-        to[fragment_at<kRows>(m, n)] =
+        to[fragment_at(m, n, kRows)] =
             make_float4(o[m][4 * n], o[m][4 * n + 1], o[m][4 * n + 2], o[m][4 * n + 3]);
     if (count > kMergeSplits) return false;
     __threadfence();
@@ -136,20 +137,20 @@ __device__ __forceinline__ bool merge_splits(const DecodeParams& p, Storage& s,
   weigh_splits<Traits>(p, s, item, half, row_begin);
   const int own = item.slot - first;
   const int one = own == 0 ? 1 : 0, two = own == 2 ? 1 : 2;  // the others, in order
-  const float4* from_one = fragments<kRows>(p, first + one, row_begin, half) + thread;
-  const float4* from_two = fragments<kRows>(p, first + two, row_begin, half) + thread;
+  const float4* from_one = fragments(p, first + one, row_begin, half, kRows) + thread;
+  const float4* from_two = fragments(p, first + two, row_begin, half, kRows) + thread;
   const float* weights = s.merge_weight[half][0] + t * 20;
 #pragma unroll
   for (int n = 0; n < kRows / 8; ++n) {
     float4 a[4], b[4];
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
-      a[m] = __ldcg(from_one + fragment_at<kRows>(m, n));
+      a[m] = __ldcg(from_one + fragment_at(m, n, kRows));
       b[m] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
     if (count == 3) {
 #pragma unroll
-      for (int m = 0; m < 4; ++m) b[m] = __ldcg(from_two + fragment_at<kRows>(m, n));
+      for (int m = 0; m < 4; ++m) b[m] = __ldcg(from_two + fragment_at(m, n, kRows));
     }
     float2 w[kMergeSplits];
 #pragma unroll

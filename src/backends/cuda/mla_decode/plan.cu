@@ -18,13 +18,22 @@ PlanSizes plan_sizes(const DecodeShape& shape, int num_sms) {
   PlanSizes s{};
   s.rows = shape.heads_q * shape.seqlen_q;
   s.max_tiles = (shape.max_pages * kPageSize + kTileTokens - 1) / kTileTokens;
-  s.row_width = shape.format != KvCacheFormat::kFp8 ? kRowTile
-                : shape.deterministic               ? widest_tile(s.rows)
-                                      : row_width(s.rows, shape.batch, s.max_tiles, num_sms);
+  const bool fp8 = shape.format == KvCacheFormat::kFp8;
+  const bool few = fp8 && !shape.deterministic && may_be_narrow(s.rows, shape.batch, num_sms);
+  const bool all_narrow =
+      few && is_narrow(s.rows, shape.batch * cost_of(static_cast<int>(s.max_tiles)), num_sms);
+  s.row_width = all_narrow ? kNarrowTile : fp8 ? widest_tile(s.rows) : kRowTile;
   s.row_tiles = (s.rows + s.row_width - 1) / s.row_width;
   // The BF16 kernel computes 64 rows of fewer; they need not be stored.
   s.slot_rows = s.row_tiles == 1 ? widest_tile(s.rows) : s.row_tiles * s.row_width;
   s.parts = std::clamp<std::int64_t>(num_sms / s.row_tiles, 1, kMaxParts);
+  s.ctas = s.parts * s.row_tiles;
+  if (few && !all_narrow) {
+    s.narrow_tiles = narrow_tiles(s.rows);
+    s.narrow_parts = std::min<std::int64_t>(num_sms, kMaxParts) / s.narrow_tiles;
+    s.ctas = std::max(s.ctas, s.narrow_parts * s.narrow_tiles);
+  }
+  s.part_entries = (s.ctas + s.row_tiles - 1) / s.row_tiles;
   const std::int64_t splits = (s.max_tiles + kTilesPerSplit - 1) / kTilesPerSplit;
   // Balanced: each part boundary adds at most one item to one per request.
   s.max_items =
@@ -35,11 +44,12 @@ PlanSizes plan_sizes(const DecodeShape& shape, int num_sms) {
     at += (bytes + 255) / 256 * 256;
     return begin;
   };
-  s.part = take(s.parts * static_cast<std::int64_t>(sizeof(DecodePart)));
+  s.part = take(s.part_entries * static_cast<std::int64_t>(sizeof(DecodePart)));
   s.items = take(s.max_items * static_cast<std::int64_t>(sizeof(DecodeItem)));
   s.merges = take(shape.batch * static_cast<std::int64_t>(sizeof(DecodeMerge)));
   s.num_merges = take(4);
-  s.arrivals = take(s.max_items * s.row_tiles * 2 * 4);
+  s.narrow = take(4);
+  s.arrivals = take(s.max_items * std::max(s.row_tiles, s.narrow_tiles) * 2 * 4);
   s.lse_accum = take(s.max_items * s.rows * 8);
   s.out_accum = take(s.max_items * s.slot_rows * kKvLoraRank * 4);
   s.total = at;
@@ -52,6 +62,7 @@ DecodePlanView plan_view(const PlanSizes& sizes, void* workspace) {
           reinterpret_cast<DecodeItem*>(base + sizes.items),
           reinterpret_cast<DecodeMerge*>(base + sizes.merges),
           reinterpret_cast<std::int32_t*>(base + sizes.num_merges),
+          reinterpret_cast<std::int32_t*>(base + sizes.narrow),
           reinterpret_cast<std::int32_t*>(base + sizes.arrivals),
           reinterpret_cast<float*>(base + sizes.out_accum),
           reinterpret_cast<float*>(base + sizes.lse_accum)};
@@ -62,7 +73,8 @@ namespace {
 struct PlanArgs {
   const std::int32_t* cache_seqlens;
   DecodePlanView view;
-  int batch, parts, max_tiles, row_width, row_tiles, rows, merge_splits;
+  int batch, parts, part_entries, max_tiles, row_width, row_tiles, rows, merge_splits;
+  int narrow_parts, narrow_tiles, num_sms;  // narrow_tiles 0: no choice
   bool deterministic;
 };
 
@@ -104,6 +116,16 @@ __device__ int length_of(const PlanArgs& a, int b) {
 }
 
 __device__ int tiles_of(int length) { return (length + kTileTokens - 1) / kTileTokens; }
+
+// Cost of the whole batch as whole requests, and how many have a token.
+__device__ Sums whole_total(const PlanArgs& a, Sums* scratch) {
+  Sums total{0, 0, 0};
+  for (int begin = 0; begin < a.batch; begin += kPlanThreads) {
+    const int cost = cost_of(tiles_of(length_of(a, begin + static_cast<int>(threadIdx.x))));
+    exclusive_scan({cost, cost > 0 ? 1 : 0, 0}, total, scratch);
+  }
+  return total;
+}
 
 // Cost of the whole batch when it is cut by limit.
 __device__ long long even_total(const PlanArgs& a, const Cutting& how, Sums* scratch) {
@@ -150,15 +172,10 @@ __device__ Cutting cut_one_each(const PlanArgs& a, long long total_tiles, long l
 // A request that is cut at any place costs its parts a second start and a merge. Where even pieces
 // load no part by more than that, they are better; with few requests only few parts would pay it.
 // `load` and `most` are zero before and after, `best` is LLONG_MAX before.
-__device__ Cutting choose_cutting(const PlanArgs& a, Sums* scratch, int* load, int* most,
-                                  long long* best) {
+__device__ Cutting choose_cutting(const PlanArgs& a, const Sums& total, Sums* scratch, int* load,
+                                  int* most, long long* best) {
   const int thread = static_cast<int>(threadIdx.x);
   Cutting stream{Cut::kStream, 0, 0};
-  Sums total{0, 0, 0};
-  for (int begin = 0; begin < a.batch; begin += kPlanThreads) {
-    const int cost = cost_of(tiles_of(length_of(a, begin + thread)));
-    exclusive_scan({cost, cost > 0 ? 1 : 0, 0}, total, scratch);
-  }
   stream.share = share_of(a.parts, total.cost);
   if (stream.share > 1 << 30) return stream;  // nobody has that many
   if (is_few(stream.share, total.items)) {
@@ -188,7 +205,7 @@ __device__ Cutting choose_cutting(const PlanArgs& a, Sums* scratch, int* load, i
   return *most <= stream.share + cut_cost(a.parts, total.items) ? even : stream;
 }
 
-__global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanArgs a) {
+__global__ void __launch_bounds__(kPlanThreads) plan_kernel(PlanArgs a) {
   __shared__ Sums scratch[kPlanThreads / 32];
   __shared__ int part_end[kMaxParts];
   __shared__ int most;
@@ -207,7 +224,15 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanArgs a) {
   if (a.deterministic) {
     how.share = share_of(a.parts, even_total(a, how, scratch));
   } else {
-    how = choose_cutting(a, scratch, part_end, &most, &best);
+    const Sums total = whole_total(a, scratch);
+    const bool narrow = a.narrow_tiles > 0 && is_narrow(a.rows, total.cost, a.num_sms);
+    if (narrow) {
+      a.parts = a.narrow_parts;
+      a.row_width = kNarrowTile;
+      a.row_tiles = a.narrow_tiles;
+    }
+    if (thread == 0) *a.view.narrow = narrow;
+    how = choose_cutting(a, total, scratch, part_end, &most, &best);
   }
 
   Sums base{0, 0, 0}, cost_base{0, 0, 0};
@@ -262,7 +287,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanArgs a) {
       part_end[thread * kEach + i] = max(part_end[thread * kEach + i], before);
   }
   __syncthreads();
-  for (int part = thread; part < a.parts; part += kPlanThreads) {
+  for (int part = thread; part < a.part_entries; part += kPlanThreads) {
     const int first = part > 0 ? part_end[part - 1] : 0, count = part_end[part] - first;
     DecodePart out{};
     if (count > 0) out.first = a.view.items[first];
@@ -274,18 +299,22 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const PlanArgs a) {
 
 }  // namespace
 
-void launch_plan(const DecodeShape& shape, const PlanSizes& sizes,
+void launch_plan(const DecodeShape& shape, const PlanSizes& sizes, int num_sms,
                  const std::int32_t* cache_seqlens, const DecodePlanView& view,
                  cudaStream_t stream) {
   const PlanArgs args{cache_seqlens,
                       view,
                       static_cast<int>(shape.batch),
                       static_cast<int>(sizes.parts),
+                      static_cast<int>(sizes.part_entries),
                       static_cast<int>(sizes.max_tiles),
                       static_cast<int>(sizes.row_width),
                       static_cast<int>(sizes.row_tiles),
                       static_cast<int>(sizes.rows),
                       merge_splits(shape.format),
+                      static_cast<int>(sizes.narrow_parts),
+                      static_cast<int>(sizes.narrow_tiles),
+                      num_sms,
                       shape.deterministic};
   launch("plan_decode", Ordering::kOverlap, plan_kernel, dim3(1), dim3(kPlanThreads), 0, stream,
          args);

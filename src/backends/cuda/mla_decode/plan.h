@@ -19,13 +19,18 @@ namespace snapmla::cuda {
 
 inline constexpr int kTilesPerSplit = 32;  // deterministic mode: 4096 tokens
 
-// The FP8 kernel computes up to 64 rows in a CTA, or, where the shape bounds the batch to few tiles
-// and the plan need not be deterministic, 16 (row_width in cutting.h).
+// The FP8 kernel computes up to 64 rows in a CTA. Where there are few requests of few tiles and the
+// plan need not be deterministic, it computes 16 (may_be_narrow and is_narrow in cutting.h): always
+// for a shape whose block table holds no more tiles than that; for others the plan decides, by the
+// batch's tiles, and the grid serves both.
 //
 // Sizes that follow from a shape and the GPU's number of SMs.
 struct PlanSizes {
-  std::int64_t rows, row_width, row_tiles, slot_rows, parts, max_tiles, max_items;
-  std::int64_t part, items, merges, num_merges, arrivals, lse_accum, out_accum,
+  std::int64_t rows, max_tiles, max_items, slot_rows;
+  std::int64_t row_width, row_tiles, parts;  // rows of a CTA, at most
+  std::int64_t narrow_tiles, narrow_parts;   // if the plan decides for 16; 0: it has no choice
+  std::int64_t ctas, part_entries;           // parts that the CTAs look up, in either case
+  std::int64_t part, items, merges, num_merges, narrow, arrivals, lse_accum, out_accum,
       total;  // offsets
 };
 
@@ -38,7 +43,7 @@ inline int merge_splits(KvCacheFormat format) {
 PlanSizes plan_sizes(const DecodeShape& shape, int num_sms);
 DecodePlanView plan_view(const PlanSizes& sizes, void* workspace);
 
-void launch_plan(const DecodeShape& shape, const PlanSizes& sizes,
+void launch_plan(const DecodeShape& shape, const PlanSizes& sizes, int num_sms,
                  const std::int32_t* cache_seqlens, const DecodePlanView& view,
                  cudaStream_t stream);
 
