@@ -93,6 +93,7 @@ TEST_F(CudaSmallPlan, ChoosesTheWidestRowTiles) {
   s.heads = 128;
   s.seqlen_q = 16;
   s.lengths = {700};
+  s.unused_columns = kWideTable;
   s.p_block = 128;
   gpu::Problem problem(s, uneven_data(60));
   if (enough_sms()) {
@@ -124,6 +125,7 @@ TEST_F(CudaTest, ThePlanChoosesTheRowsOfACta) {
       s.lengths.assign(static_cast<std::size_t>(c.requests), c.many);
       s.out = seed % 2 == 0 ? DType::kBF16 : DType::kF32;
       s.unused_pages = 2;
+      s.unused_columns = kWideTable;
       s.seed = ++seed;
       SCOPED_TRACE(std::to_string(c.heads) + " heads x " + std::to_string(c.seqlen_q) + ", " +
                    std::to_string(c.requests) + " requests, p_block " + std::to_string(p_block));

@@ -252,6 +252,22 @@ TEST(Cutting, FewTilesAreComputedBySixteenRows) {
   EXPECT_EQ(width(16, 128, 8192), 16);
 }
 
+// Tables that hold few tiles, about as many as the bound, and many: 128k tokens for a request.
+TEST(Cutting, WideTablesLeaveTheRowsToThePlan) {
+  const auto choice = [](int rows, int requests, int tokens) {
+    return row_choice(rows, requests, std::int64_t{requests} * cost_of((tokens + 127) / 128), 132);
+  };
+  for (const auto& [rows, requests, tokens] :
+       {std::tuple{64, 1, 8192}, {64, 33, 640}, {128, 16, 640}})
+    EXPECT_EQ(choice(rows, requests, tokens), RowChoice::kNarrow) << rows << " " << requests;
+  for (const auto& [rows, requests, tokens] :
+       {std::tuple{64, 8, 8192}, {32, 8, 8192}, {128, 1, 32768}, {64, 34, 131072}, {16, 1, 131072}})
+    EXPECT_EQ(choice(rows, requests, tokens), RowChoice::kWidest) << rows << " " << requests;
+  for (const auto& [rows, requests, tokens] :
+       {std::tuple{64, 1, 131072}, {128, 1, 131072}, {128, 16, 131072}, {32, 66, 131072}})
+    EXPECT_EQ(choice(rows, requests, tokens), RowChoice::kPlan) << rows << " " << requests;
+}
+
 // A grid that is no multiple of its cluster is not launched at all.
 TEST(Cutting, ClustersFillTheGrid) {
   int odd = 0;

@@ -109,6 +109,20 @@ SNAPMLA_HD bool is_narrow(long long rows, long long cost, int sms) {
   return cost * narrow_tiles(rows) <= kBusy * sms;
 }
 
+// How many rows a CTA computes: as many as there are, up to 64; 16; or what the plan says of the
+// batch's lengths. `most`: the cost if all requests are as long as the block table is wide. PERF: a
+// kernel that can do both is up to 10% slower than the one for 64 or 32 rows where a batch fills
+// its tables (two programs in the instruction cache), so that it must have something to win: tables
+// for kLoose times as many tiles.
+enum class RowChoice : signed char { kWidest, kNarrow, kPlan };
+
+SNAPMLA_HD RowChoice row_choice(long long rows, long long requests, long long most, int sms) {
+  constexpr long long kLoose = 4;
+  if (!may_be_narrow(rows, requests, sms)) return RowChoice::kWidest;
+  if (is_narrow(rows, most, sms)) return RowChoice::kNarrow;
+  return is_narrow(rows, (most + kLoose - 1) / kLoose, sms) ? RowChoice::kWidest : RowChoice::kPlan;
+}
+
 // CTAs of a cluster, of `ctas` in all. PERF: two row tiles of a part read the same pages; on the
 // two SMs of one TPC, where a cluster puts them, their requests become one before they reach L2 (L1
 // request coalescer). 128 rows: 43 -> 23 million sectors read from L2 (21 if all met), 334 -> 320

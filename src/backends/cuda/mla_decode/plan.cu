@@ -19,16 +19,18 @@ PlanSizes plan_sizes(const DecodeShape& shape, int num_sms) {
   s.rows = shape.heads_q * shape.seqlen_q;
   s.max_tiles = (shape.max_pages * kPageSize + kTileTokens - 1) / kTileTokens;
   const bool fp8 = shape.format == KvCacheFormat::kFp8;
-  const bool few = fp8 && !shape.deterministic && may_be_narrow(s.rows, shape.batch, num_sms);
-  const bool all_narrow =
-      few && is_narrow(s.rows, shape.batch * cost_of(static_cast<int>(s.max_tiles)), num_sms);
-  s.row_width = all_narrow ? kNarrowTile : fp8 ? widest_tile(s.rows) : kRowTile;
+  const RowChoice choice =
+      fp8 && !shape.deterministic
+          ? row_choice(s.rows, shape.batch, shape.batch * cost_of(static_cast<int>(s.max_tiles)),
+                       num_sms)
+          : RowChoice::kWidest;
+  s.row_width = choice == RowChoice::kNarrow ? kNarrowTile : fp8 ? widest_tile(s.rows) : kRowTile;
   s.row_tiles = (s.rows + s.row_width - 1) / s.row_width;
   // The BF16 kernel computes 64 rows of fewer; they need not be stored.
   s.slot_rows = s.row_tiles == 1 ? widest_tile(s.rows) : s.row_tiles * s.row_width;
   s.parts = std::clamp<std::int64_t>(num_sms / s.row_tiles, 1, kMaxParts);
   s.ctas = s.parts * s.row_tiles;
-  if (few && !all_narrow) {
+  if (choice == RowChoice::kPlan) {
     s.narrow_tiles = narrow_tiles(s.rows);
     s.narrow_parts = std::min<std::int64_t>(num_sms, kMaxParts) / s.narrow_tiles;
     s.ctas = std::max(s.ctas, s.narrow_parts * s.narrow_tiles);
