@@ -30,9 +30,9 @@ struct DecodeShape {
   std::int64_t batch = 0;
   std::int64_t seqlen_q = 1;  // 1..16
   std::int64_t heads_q = 0;   // 1..128
-  // Width of block_table: bounds every cache_seqlens[b]. With a tight one, few short requests over an
-  // FP8 cache are decoded up to 7% faster: the kernel knows without a look at the lengths that there
-  // is little to do (docs/design/0007-row-tiles.md).
+  // Width of block_table: bounds every cache_seqlens[b]. With a tight one, few short requests over
+  // an FP8 cache are decoded up to 7% faster: the kernel knows without a look at the lengths that
+  // there is little to do (docs/design/0007-row-tiles.md).
   std::int64_t max_pages = 0;
   KvCacheFormat format = KvCacheFormat::kFp8;
   // true: a request is split by its own length alone, so that a row's bits do not depend on its
