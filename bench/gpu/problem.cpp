@@ -106,6 +106,14 @@ std::int64_t Problem::rows_per_cta() const {
   return narrow ? cuda::kNarrowTile : sizes.row_width;
 }
 
+std::int64_t Problem::planned_rows_per_cta() const {
+  const cuda::PlanSizes sizes = cuda::plan_sizes(decode_shape(), num_sms());
+  std::int32_t narrow = 0;
+  SNAPMLA_CUDA_CHECK(cudaMemcpy(&narrow, workspace_.data() + kGuard + sizes.narrow, sizeof narrow,
+                                cudaMemcpyDeviceToHost));
+  return narrow != 0 ? cuda::kNarrowTile : sizes.row_width;
+}
+
 bool Problem::plan_chooses_rows() const {
   return cuda::plan_sizes(decode_shape(), num_sms()).narrow_tiles > 0;
 }

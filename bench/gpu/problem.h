@@ -65,6 +65,8 @@ class Problem {
   // present lengths, and whether another plan of the same shape might have it compute others.
   std::int64_t rows_per_cta() const;
   bool plan_chooses_rows() const;
+  // The same as the plan that was made last says, where it chose.
+  std::int64_t planned_rows_per_cta() const;
   double flop() const;  // 2 * 1088 * (row, visible token) pairs of full length: the usual count
 
   void plan(cudaStream_t stream);

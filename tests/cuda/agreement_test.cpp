@@ -35,6 +35,8 @@ gpu::ProblemShape table_shape(int index) {
   s.deterministic = index % 5 < 2;
   s.unused_pages = 3;
   s.unused_columns = index / 8 % 2 == 0 ? kWideTable : 2;
+  if (index / 16 % 12 == 2 && s.heads * s.seqlen_q > 16)
+    add_empty_requests(s);  // up to 64 rows a CTA
   s.seed = static_cast<std::uint64_t>(index) + 1;
   return s;
 }
@@ -84,7 +86,36 @@ TEST_P(CudaSmallTiles, AgreeWithFp64) {
       ASSERT_EQ(problem.plan_chooses_rows(), fp8 && index / 4 == 2);
     }
     expect_agreement(problem, {}, kFewTokensSlack, kFewTokensLse);
+    if (enough_sms() && problem.plan_chooses_rows()) {
+      EXPECT_EQ(problem.planned_rows_per_cta(), 16);
+    }
   }
+}
+
+// The sums of l tell which program has run: f16 sums of eight products with 64 rows a CTA, of one
+// or two with fewer. A code of P that falls the other way moves both models' lse alike.
+void expect_row_sums_of(const gpu::Problem& problem, bool few) {
+  const auto reference = problem.reference();
+  const auto rows = gpu::sample_rows(reference, 60, 5);
+  const bool block64 = problem.shape().p_block == 64;
+  const auto wide = gpu::reference_attention(
+      reference, rows, nullptr,
+      block64 ? gpu::PEmulation::kTensorCore64 : gpu::PEmulation::kTensorCore128);
+  const auto narrow = gpu::reference_attention(
+      reference, rows, nullptr,
+      block64 ? gpu::PEmulation::kTensorCoreFew64 : gpu::PEmulation::kTensorCoreFew128);
+  const auto lse = problem.lse();
+  int nearer = 0, counted = 0;
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    const double mine = static_cast<double>(
+        lse[static_cast<std::size_t>(rows[i].batch * problem.shape().heads + rows[i].head)]);
+    if (std::fabs(wide.lse[i] - narrow.lse[i]) < 1e-5) continue;  // no telling
+    const bool is_few = std::fabs(mine - narrow.lse[i]) < std::fabs(mine - wide.lse[i]);
+    nearer += is_few == few;
+    ++counted;
+  }
+  EXPECT_GE(counted, 10) << "the models are too close: this shows nothing";
+  EXPECT_GE(nearer * 5, counted * 4) << "of " << counted << " rows";
 }
 
 // Few rows of many query tokens: here the plan decides for 64 rows a CTA.
@@ -102,6 +133,9 @@ TEST_F(CudaSmallPlan, ChoosesTheWidestRowTiles) {
   }
   expect_agreement(problem, gpu::sample_rows(problem.reference(), 300, 3), kFewTokensSlack,
                    kFewTokensLse);
+  if (enough_sms()) {
+    EXPECT_EQ(problem.planned_rows_per_cta(), 64);
+  }
 }
 
 // One workspace, one grid: the plan decides anew for each set of lengths. 26 heads x 16: the grid
@@ -141,6 +175,9 @@ TEST_F(CudaTest, ThePlanChoosesTheRowsOfACta) {
         expect_agreement(problem, gpu::sample_rows(problem.reference(), 100, seed), kFewTokensSlack,
                          kFewTokensLse);
         ASSERT_FALSE(HasFatalFailure());
+        EXPECT_EQ(problem.planned_rows_per_cta(), problem.rows_per_cta());
+        if (c.seqlen_q == 1 && c.width == 64 && length > 1)
+          expect_row_sums_of(problem, problem.rows_per_cta() == 16);
       }
     }
   }

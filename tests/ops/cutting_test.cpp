@@ -261,10 +261,13 @@ TEST(Cutting, WideTablesLeaveTheRowsToThePlan) {
        {std::tuple{64, 1, 8192}, {64, 33, 640}, {128, 16, 640}})
     EXPECT_EQ(choice(rows, requests, tokens), RowChoice::kNarrow) << rows << " " << requests;
   for (const auto& [rows, requests, tokens] :
-       {std::tuple{64, 8, 8192}, {32, 8, 8192}, {128, 1, 32768}, {64, 34, 131072}, {16, 1, 131072}})
+       {std::tuple{64, 4, 8192}, {32, 8, 8192}, {128, 1, 16384}, {64, 34, 131072}, {16, 1, 131072}})
     EXPECT_EQ(choice(rows, requests, tokens), RowChoice::kWidest) << rows << " " << requests;
-  for (const auto& [rows, requests, tokens] :
-       {std::tuple{64, 1, 131072}, {128, 1, 131072}, {128, 16, 131072}, {32, 66, 131072}})
+  for (const auto& [rows, requests, tokens] : {std::tuple{64, 1, 131072},
+                                               {128, 1, 131072},
+                                               {128, 16, 131072},
+                                               {32, 1, 131072},
+                                               {64, 8, 8192}})
     EXPECT_EQ(choice(rows, requests, tokens), RowChoice::kPlan) << rows << " " << requests;
 }
 

@@ -117,7 +117,7 @@ SNAPMLA_HD bool is_narrow(long long rows, long long cost, int sms) {
 enum class RowChoice : signed char { kWidest, kNarrow, kPlan };
 
 SNAPMLA_HD RowChoice row_choice(long long rows, long long requests, long long most, int sms) {
-  constexpr long long kLoose = 4;
+  constexpr long long kLoose = 2;
   if (!may_be_narrow(rows, requests, sms)) return RowChoice::kWidest;
   if (is_narrow(rows, most, sms)) return RowChoice::kNarrow;
   return is_narrow(rows, (most + kLoose - 1) / kLoose, sms) ? RowChoice::kWidest : RowChoice::kPlan;

@@ -52,7 +52,7 @@ struct DecodePlanView {
   DecodeItem* items;         // [max_items]
   DecodeMerge* merges;       // [batch] what is left to combine, in no order
   std::int32_t* num_merges;  // how many
-  std::int32_t* narrow;      // 1: 16 rows a CTA; written where the shape leaves that to the plan
+  std::int32_t* narrow;      // 1: 16 rows a CTA; read where the shape leaves that to the plan
   std::int32_t* arrivals;    // [max_slots, row tiles, 2] of a request's first slot, by half of the
                              // output dims: how many partial results are there; 0 between launches
   // Partial results. BF16: O / l and lse (base 2). FP8: O, as fragments.h says, and (R, l).

@@ -12,7 +12,7 @@
 // block and is added to O in f32 (two-level accumulation).
 //
 // Grid: a CTA of 512 threads per part and row tile, one per SM, in clusters of two where there are
-// several row tiles. Each walks the items of its part.
+// several (of the wider) row tiles. Each walks the items of its part.
 //   warpgroup 0 (24 registers)   warp 0: page copies; warp 1: token factors; warps 2, 3: query
 //   warpgroup 1                  scores, softmax, P; up to 32 rows: transposed, fp8_score_few.h
 //   warpgroups 2, 3              PV, output dims 0-255 and 256-511; merging of splits, fp8_store.h
