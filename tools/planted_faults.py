@@ -164,7 +164,7 @@ FAULTS = [
     ("cut-for-nothing", "cutting a request costs the plan nothing", "src/backends/cuda/mla_decode/cutting.h",
      [("cuts * costs.cut", "0 * cuts * costs.cut")], "ops", "*utting*"),
     ("sixteen-rows-always", "16 rows a CTA however many tiles there are", "src/backends/cuda/mla_decode/cutting.h",
-     [("(tiles + kItemCost) * each <= kBusy * sms", "(0 * tiles + kItemCost) * each <= kBusy * sms")], "ops", "*utting*"),
+     [("return cost * narrow_tiles(rows) <= kBusy * sms", "return 0 * cost * narrow_tiles(rows) <= kBusy * sms")], "ops", "*utting*"),
 ]
 
 
