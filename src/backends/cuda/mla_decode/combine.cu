@@ -39,7 +39,7 @@ template <int kWarps>
 __device__ Row merge(const DecodeParams& p, const DecodeMerge& of, int count, int row, int share,
                      float& maximum) {
   // Partial results in flight. PERF: two take the registers of an SM's second CTA and are faster
-  // all the same, by 1 to 3 us from 32,768 tokens on; four are no faster.
+  // all the same, by 1 to 4 us from 32,768 tokens on; four are no faster.
   constexpr int kAhead = 2;
   const int lane = threadIdx.x & 31;
   const auto lse_of = [&](int split) {
@@ -192,7 +192,7 @@ void launch_combine(const DecodeParams& p, cudaStream_t stream) {
   // Which warps add up a row decides the order.
   if (p.batch <= 8 && !p.deterministic) {
     // About so many splits has each of them, if they are alike. PERF: more warps for a row only as
-    // long as all CTAs run at once: 8 requests of 8,192 tokens at 64 rows, 38 us with 16 warps, 36
+    // long as all CTAs run at once: 8 requests of 8,192 tokens at 64 rows, 42 us with 16 warps, 36
     // with eight, 34 with four.
     const int splits = std::min(p.parts / p.batch + 1, p.max_tiles), rows = p.rows * p.batch;
     return splits > 12 && rows <= kWave      ? launch_few<kWarpsPerCta>(p, stream)

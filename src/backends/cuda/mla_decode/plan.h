@@ -21,7 +21,7 @@ inline constexpr int kTilesPerSplit = 32;  // deterministic mode: 4096 tokens
 
 // The FP8 kernel computes up to 64 rows in a CTA. Where there are few requests of few tiles and the
 // plan need not be deterministic, it computes 16 (row_choice in cutting.h): always for a shape
-// whose block table holds no more tiles than that; where it holds several times as many, the plan
+// whose block table holds no more tiles than that; where it holds at least twice as many, the plan
 // decides, by the batch's tiles, and the grid serves both.
 //
 // Sizes that follow from a shape and the GPU's number of SMs.
