@@ -111,9 +111,9 @@ SNAPMLA_HD bool is_narrow(long long rows, long long cost, int sms) {
 
 // How many rows a CTA computes: as many as there are, up to 64; 16; or what the plan says of the
 // batch's lengths. `most`: the cost if all requests are as long as the block table is wide. PERF: a
-// kernel that can do both is up to 10% slower than the one for 64 or 32 rows where a batch fills
-// its tables, why is not known, so that it must have something to win: tables for kLoose times as
-// many tiles (docs/design/0007-row-tiles.md).
+// kernel that can do both is up to 1.5% slower than the one for 64 or 32 rows where a batch fills
+// its tables, so that it must have something to win: tables for kLoose times as many tiles
+// (docs/design/0007-row-tiles.md).
 enum class RowChoice : signed char { kWidest, kNarrow, kPlan };
 
 SNAPMLA_HD RowChoice row_choice(long long rows, long long requests, long long most, int sms) {

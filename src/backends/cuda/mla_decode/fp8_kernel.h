@@ -26,6 +26,8 @@
 // factors, weights, row places and barriers 10,240 with padding. See Fp8SharedStorage.
 #pragma once
 
+#include <type_traits>
+
 #include "backends/cuda/mla_decode/fp8_load.h"
 #include "backends/cuda/mla_decode/fp8_score.h"
 #include "backends/cuda/mla_decode/fp8_score_few.h"
@@ -70,35 +72,53 @@ __device__ __forceinline__ void set_up(const DecodeParams& p, Storage& s, int ro
   __syncthreads();
 }
 
-template <class Traits, class Storage>
-__device__ __forceinline__ void decode_items(const DecodeParams& p, Storage& s, PartItems items,
-                                             int row_begin) {
+// The parts' work. Two programs in one kernel: `narrow` says which; the same twice: there is no
+// choice. PERF: roles first and programs second, so that the copies, with which everything starts,
+// are the same code for both and near the kernel's entry (ptxas puts the last branch first).
+// Instructions far from it have to be fetched when they are first reached, 0.6 to 2 us if that
+// holds up the first copy.
+template <class Wide, class Narrow>
+__device__ __forceinline__ void decode_items(const DecodeParams& p, std::uint8_t* shared_bytes,
+                                             PartItems items, int row_begin, bool narrow) {
+  constexpr bool kChoice = !std::is_same_v<Wide, Narrow>;
+  static_assert(Wide::kBlocks == Narrow::kBlocks, "both programs have the same P blocks");
+  auto& common = *reinterpret_cast<Fp8SharedCommon<Wide::kBlocks>*>(shared_bytes);
+  // run(storage) as one program or the other: its parameter says which.
+  const auto as_chosen = [&](auto run) {
+    if constexpr (kChoice) {
+      if (narrow) return run(*reinterpret_cast<Fp8SharedStorage<Narrow>*>(shared_bytes));
+    }
+    run(*reinterpret_cast<Fp8SharedStorage<Wide>*>(shared_bytes));
+  };
   const int thread = static_cast<int>(threadIdx.x);
   const int warpgroup = __shfl_sync(~0u, thread >> 7, 0);  // the compiler sees that it is uniform
-  if (warpgroup == 0) {
+  if (warpgroup >= 2) {
+    as_chosen([&]<class Traits>(Fp8SharedStorage<Traits>& s) {
+      setmaxnreg_inc<Traits::kPvRegisters>();
+      accumulate_values<Traits>(p, s, items, row_begin, warpgroup - 2);
+    });
+  } else if (warpgroup == 1) {
+    as_chosen([&]<class Traits>(Fp8SharedStorage<Traits>& s) {
+      if constexpr (Traits::kScoreRegisters > 128) setmaxnreg_inc<Traits::kScoreRegisters>();
+      if constexpr (Traits::kScoreRegisters < 128) setmaxnreg_dec<Traits::kScoreRegisters>();
+      if constexpr (Traits::kTransposedScores) {
+        score_few<Traits>(p, s, items, row_begin);
+      } else {
+        score<Traits>(p, s, items, row_begin);
+      }
+    });
+  } else {
     setmaxnreg_dec<24>();
     const int warp = thread >> 5;
-    if (warp == 0) {
-      if (thread == 0) {
-        copy_pages(p, s, items);
-        griddepcontrol_launch_dependents();  // combine may come while the last tiles are computed
-      }
+    if (warp >= 2) {
+      load_query(p, common, items, row_begin, narrow ? Narrow::kRows : Wide::kRows);
     } else if (warp == 1) {
-      make_factors<Traits>(p, s, items);
-    } else {
-      load_query<Traits>(p, s, items, row_begin);
+      as_chosen(
+          [&]<class Traits>(Fp8SharedStorage<Traits>&) { make_factors<Traits>(p, common, items); });
+    } else if (thread == 0) {
+      copy_pages(p, common, items);
+      griddepcontrol_launch_dependents();  // combine may come while the last tiles are computed
     }
-  } else if (warpgroup == 1) {
-    if constexpr (Traits::kScoreRegisters > 128) setmaxnreg_inc<Traits::kScoreRegisters>();
-    if constexpr (Traits::kScoreRegisters < 128) setmaxnreg_dec<Traits::kScoreRegisters>();
-    if constexpr (Traits::kTransposedScores) {
-      score_few<Traits>(p, s, items, row_begin);
-    } else {
-      score<Traits>(p, s, items, row_begin);
-    }
-  } else {
-    setmaxnreg_inc<Traits::kPvRegisters>();
-    accumulate_values<Traits>(p, s, items, row_begin, warpgroup - 2);
   }
 }
 
@@ -106,14 +126,15 @@ template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
     fp8_decode_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) std::uint8_t shared_bytes[];
-  auto& s = *reinterpret_cast<Fp8SharedStorage<Traits>*>(shared_bytes);
   const int part = static_cast<int>(blockIdx.x) / p.row_tiles;
   const int row_begin = (static_cast<int>(blockIdx.x) % p.row_tiles) * Traits::kRows;
-  set_up(p, s, row_begin);
+  set_up(p, *reinterpret_cast<Fp8SharedStorage<Traits>*>(shared_bytes), row_begin);
   griddepcontrol_wait();  // the plan, the query and the cache come from earlier kernels
   // Its first item arrives with the counts, not after them.
   prefetch_global_l1(&p.plan.parts[part].first);
-  decode_items<Traits>(p, s, {part, p.plan.parts[part].begin, p.plan.parts[part].count}, row_begin);
+  decode_items<Traits, Traits>(p, shared_bytes,
+                               {part, p.plan.parts[part].begin, p.plan.parts[part].count},
+                               row_begin, false);
 }
 
 // Items of a part, loaded here: the compiler would move a plain load to where it is used.
@@ -131,28 +152,24 @@ template <class Wide, class Narrow>
 __global__ void __launch_bounds__(Wide::kThreads, 1)
     fp8_decode_either_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) std::uint8_t shared_bytes[];
-  auto& wide = *reinterpret_cast<Fp8SharedStorage<Wide>*>(shared_bytes);
-  auto& narrow = *reinterpret_cast<Fp8SharedStorage<Narrow>*>(shared_bytes);
-  const int cta = static_cast<int>(blockIdx.x);
+  auto& common = *reinterpret_cast<Fp8SharedCommon<Wide::kBlocks>*>(shared_bytes);
+  const int cta = static_cast<int>(blockIdx.x), thread = static_cast<int>(threadIdx.x);
   const int part = cta / p.row_tiles, narrow_part = cta / p.narrow_tiles;
-  set_up(p, wide, (cta - part * p.row_tiles) * Wide::kRows);
+  int row_begin = (cta - part * p.row_tiles) * Wide::kRows;
+  set_up(p, common, row_begin);
   griddepcontrol_wait();
   prefetch_global_l1(&p.plan.parts[part].first);
   prefetch_global_l1(&p.plan.parts[narrow_part].first);
-  const PartItems items = items_of(p, part), narrow_items = items_of(p, narrow_part);
-  if (*p.plan.narrow == 0) {
-    decode_items<Wide>(p, wide, items, (cta - part * p.row_tiles) * Wide::kRows);
-    return;
+  PartItems items = items_of(p, part);
+  const PartItems narrow_items = items_of(p, narrow_part);
+  const bool narrow = __shfl_sync(~0u, *p.plan.narrow, 0) != 0;
+  if (narrow) {
+    items = narrow_items;
+    row_begin = (cta - narrow_part * p.narrow_tiles) * Narrow::kRows;
+    if (thread >= 128 && thread < 192) place_row(p, common, row_begin, thread - 128);
+    __syncthreads();
   }
-  if (threadIdx.x == 0) {
-    for_barriers(wide, [](std::uint64_t& barrier, int, int) {
-      mbarrier_inval(shared_address(&barrier));  // others will lie there
-    });
-  }
-  __syncthreads();
-  const int row_begin = (cta - narrow_part * p.narrow_tiles) * Narrow::kRows;
-  set_up(p, narrow, row_begin);
-  decode_items<Narrow>(p, narrow, narrow_items, row_begin);
+  decode_items<Wide, Narrow>(p, shared_bytes, items, row_begin, narrow);
 }
 
 }  // namespace fp8_decode

@@ -143,9 +143,11 @@ __device__ void make_factors(const DecodeParams& p, Storage& s, PartItems items)
   }
 }
 
-// Two warps: the query of each item into the swizzled image; rows past the end become zeros.
-template <class Traits, class Storage>
-__device__ void load_query(const DecodeParams& p, Storage& s, PartItems items, int row_begin) {
+// Two warps: the query of each item into the swizzled image, `rows` of them (a row tile); rows past
+// the end become zeros.
+template <class Storage>
+__device__ void load_query(const DecodeParams& p, Storage& s, PartItems items, int row_begin,
+                           int rows) {
   const int first_row = (threadIdx.x & 63) >> 3, unit = threadIdx.x & 7;
   // Rows are eight apart, so that the place in the swizzled row stays the same.
   const std::uint32_t first_to =
@@ -157,7 +159,7 @@ __device__ void load_query(const DecodeParams& p, Storage& s, PartItems items, i
     RowPlace place = first_place;
     wait(s.q_empty, static_cast<std::uint32_t>(n + 1) & 1);
 #pragma unroll 1
-    for (int r = first_row; r < Traits::kRows; r += 8, to += 8 * 128, place.advance(8, p.heads_q)) {
+    for (int r = first_row; r < rows; r += 8, to += 8 * 128, place.advance(8, p.heads_q)) {
       const std::uint32_t bytes = row_begin + r < p.rows ? 16 : 0;
       if (bytes == 0) place.token = place.head = 0;  // nothing is read there
       const std::uint8_t* from = p.q_latent + request * p.q_latent_stride.batch +

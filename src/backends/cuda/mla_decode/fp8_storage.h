@@ -21,7 +21,6 @@ struct Fp8DecodeTraits {
   static_assert(kPBlock == 64 || kPBlock == 128, "P is quantised per 64 or 128 tokens");
   static constexpr int kBlocks = kTileTokens / kPBlock;  // P blocks of a tile
   static constexpr bool kTransposedScores = kRows < 64;  // fp8_score_few.h
-  static constexpr int kStages = 2;
   static constexpr int kThreads = 512;
   // Registers per thread: 128 * (24 + scores + 2 * pv) = 65,536 at most. With fewer rows O is
   // small and the score warps may keep more.
@@ -43,12 +42,14 @@ __device__ __forceinline__ int row_float(int row) {
   return ((row & 7) >> 1) * 20 + (row >> 3) * 2 + (row & 1);
 }
 
-template <class Traits>
-struct alignas(1024) Fp8SharedStorage {
-  static constexpr int kStages = Traits::kStages, kBlocks = Traits::kBlocks;
+// What does not depend on the width of a row tile. It lies at the same place for all widths, so
+// that a kernel with two programs sets it up, and copies keys into it, before it matters which one
+// runs.
+template <int kBlocks>
+struct alignas(1024) Fp8SharedCommon {
+  static constexpr int kStages = 2;
   std::uint8_t query[kChunks][kQueryChunkBytes];     // chunk 4: rope
   std::uint8_t keys[kStages][kChunks][kChunkBytes];  // chunk 4: rope
-  std::uint8_t p[2][Traits::kRows * 128];            // [row][128 tokens] e4m3, swizzled
   float token_scale[2][kTileTokens];                 // s of each token, 0 past the end, NaN if bad
   // f16 s_min / s of each token, as the score warps read it: see make_factors.
   std::uint32_t sum_factors[2][4][16];
@@ -58,9 +59,6 @@ struct alignas(1024) Fp8SharedStorage {
   float merge_weight[2][kMergeSplits + 1]
                     [kRowFloats];  // of each PV warpgroup, of the splits it merges
   int arrived[2];                  // of each PV warpgroup, read by one thread
-  // Few rows: maxima and sums of each row pair by warp: [n][t][warp].
-  alignas(16) float2 across[2][kBlocks][Traits::kTransposedScores ? Traits::kRows / 8 : 1][4][4];
-  alignas(16) float2 across_sum[Traits::kTransposedScores ? Traits::kRows / 8 : 1][4][4];
   float sum_norm[2][kBlocks];      // 1 / s_min of the block
   std::uint32_t rescale_flags[2];  // byte w: score warp w moved a reference
   int row_visible[64];             // keys that each row sees, of the current item
@@ -72,6 +70,15 @@ struct alignas(1024) Fp8SharedStorage {
   std::uint64_t p_full[2], p_empty[2];
   std::uint64_t l_full[2];  // by item: 1 / l and lse are there
   std::uint64_t q_full, q_empty;
+};
+
+template <class Traits>
+struct Fp8SharedStorage : Fp8SharedCommon<Traits::kBlocks> {
+  alignas(1024) std::uint8_t p[2][Traits::kRows * 128];  // [row][128 tokens] e4m3, swizzled
+  // Few rows: maxima and sums of each row pair by warp: [n][t][warp].
+  alignas(16)
+      float2 across[2][Traits::kBlocks][Traits::kTransposedScores ? Traits::kRows / 8 : 1][4][4];
+  alignas(16) float2 across_sum[Traits::kTransposedScores ? Traits::kRows / 8 : 1][4][4];
 };
 
 namespace fp8_decode {

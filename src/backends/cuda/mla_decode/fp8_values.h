@@ -105,7 +105,11 @@ __device__ __forceinline__ void pv_tile(Storage& s, int slot, std::uint32_t phas
       add(n + 1, f.z, f.w);
     }
   };
-  const auto rescale = [&](std::uint32_t moved) {
+  // PERF: before the first promotion, not before the first wgmma, which it would hold up; but ptxas
+  // takes no branch between the wgmmas of two P blocks.
+  const auto rescale = [&] {
+    const std::uint32_t moved = s.rescale_flags[buffer];
+    if (moved == 0) return;
     for_row_factors<kRows>(s.rescale[buffer], t, [&](int n, float f0, float f1) {
       if ((moved >> (n >> 1) * 8 & 0xff) == 0) return;  // this score warp wrote no factors
 #pragma unroll
@@ -123,8 +127,7 @@ __device__ __forceinline__ void pv_tile(Storage& s, int slot, std::uint32_t phas
   wait(s.k_full[slot][0], phase);
   load_values(at(0, 0), values[0]);
   wait(s.p_full[buffer], phase);
-  const std::uint32_t moved = s.rescale_flags[buffer];
-  if (moved) rescale(moved);
+  if constexpr (Traits::kBlocks == 2) rescale();
 #pragma unroll
   for (int m = 0; m < 4; ++m) {
     std::uint32_t(&a)[2][4] = values[m & 1];
@@ -146,7 +149,10 @@ __device__ __forceinline__ void pv_tile(Storage& s, int slot, std::uint32_t phas
     wgmma_commit();
     if (m == 1) arrive_warp(s.k_empty[slot][0]);
     if (m == 3) arrive_warp(s.k_empty[slot][1]);
-    if constexpr (Traits::kBlocks == 1) wgmma_wait<1>();
+    if constexpr (Traits::kBlocks == 1) {
+      if (m == 0) rescale();
+      wgmma_wait<1>();
+    }
     load_sigma(Traits::kBlocks - 1);
     if (m == 1) wait(s.k_full[slot][1], phase);
     wgmma_wait<0>();
