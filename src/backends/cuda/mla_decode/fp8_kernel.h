@@ -23,7 +23,8 @@
 //   copies  |  chunk by chunk into the ring of two tiles, as QK and PV release them
 //
 // Shared memory (bytes): query 40,960; ring 2 x (4 x 16,384 latent + 16,384 rope); P 2 x 8,192;
-// factors, weights, row places and barriers 10,240 with padding. See Fp8SharedStorage.
+// factors, weights, row places and barriers 10,240 with padding, with P blocks of 64 11,264; maxima
+// across warps 1,024. See Fp8SharedCommon and Fp8SharedStorage.
 #pragma once
 
 #include <type_traits>
@@ -39,32 +40,28 @@
 namespace snapmla::cuda {
 namespace fp8_decode {
 
-// Runs `with` for each barrier of the CTA and how many warps and threads arrive at it.
-template <class Storage, class With>
-__device__ __forceinline__ void for_barriers(Storage& s, With with) {
-  for (int slot = 0; slot < 2; ++slot) {
-    for (int group = 0; group < kGroups; ++group) {
-      const bool rope = group == kRopeGroup;
-      with(s.k_full[slot][group], rope ? 1 : 0, 1);    // the token factors; the copies
-      with(s.k_empty[slot][group], rope ? 4 : 12, 0);  // the score warps; the PV warps
-    }
-    with(s.p_full[slot], 4, 0);
-    with(s.p_empty[slot], 8, 0);
-  }
-  for (auto& barrier : s.l_full) with(barrier, 4, 0);
-  with(s.q_full, 2, 0);
-  with(s.q_empty, 4, 0);
-}
-
 // What needs no earlier kernel's results: the barriers, where rows lie.
-template <class Storage>
-__device__ __forceinline__ void set_up(const DecodeParams& p, Storage& s, int row_begin) {
+template <int kBlocks>
+__device__ __forceinline__ void set_up(const DecodeParams& p, Fp8SharedCommon<kBlocks>& s,
+                                       int row_begin) {
   const int thread = static_cast<int>(threadIdx.x);
   if (thread == 0) {
-    for_barriers(s, [](std::uint64_t& barrier, int warps, int threads) {
+    const auto init = [](std::uint64_t& barrier, int warps, int threads) {
       mbarrier_init(shared_address(&barrier),
                     static_cast<std::uint32_t>(warps * kArrivingLanes + threads));
-    });
+    };
+    for (int slot = 0; slot < 2; ++slot) {
+      for (int group = 0; group < kGroups; ++group) {
+        const bool rope = group == kRopeGroup;
+        init(s.k_full[slot][group], rope ? 1 : 0, 1);    // the token factors; the copies
+        init(s.k_empty[slot][group], rope ? 4 : 12, 0);  // the score warps; the PV warps
+      }
+      init(s.p_full[slot], 4, 0);
+      init(s.p_empty[slot], 8, 0);
+    }
+    for (auto& barrier : s.l_full) init(barrier, 4, 0);
+    init(s.q_full, 2, 0);
+    init(s.q_empty, 4, 0);
     s.rescale_flags[0] = s.rescale_flags[1] = 0;
     fence_mbarrier_init();
   }
@@ -128,7 +125,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   extern __shared__ __align__(1024) std::uint8_t shared_bytes[];
   const int part = static_cast<int>(blockIdx.x) / p.row_tiles;
   const int row_begin = (static_cast<int>(blockIdx.x) % p.row_tiles) * Traits::kRows;
-  set_up(p, *reinterpret_cast<Fp8SharedStorage<Traits>*>(shared_bytes), row_begin);
+  set_up(p, *reinterpret_cast<Fp8SharedCommon<Traits::kBlocks>*>(shared_bytes), row_begin);
   griddepcontrol_wait();  // the plan, the query and the cache come from earlier kernels
   // Its first item arrives with the counts, not after them.
   prefetch_global_l1(&p.plan.parts[part].first);
