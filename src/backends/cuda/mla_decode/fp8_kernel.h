@@ -71,9 +71,9 @@ __device__ __forceinline__ void set_up(const DecodeParams& p, Fp8SharedCommon<kB
 
 // The parts' work. Two programs in one kernel: `narrow` says which; the same twice: there is no
 // choice. PERF: roles first and programs second, so that the copies, with which everything starts,
-// are the same code for both and near the kernel's entry (ptxas puts the last branch first).
-// Instructions far from it have to be fetched when they are first reached, 0.6 to 2 us if that
-// holds up the first copy.
+// are the same code for both and near the kernel's entry (ptxas puts the last branch first). Of two
+// programs one behind the other, the second starts 0.6 to 2 us late
+// (docs/design/0007-row-tiles.md).
 template <class Wide, class Narrow>
 __device__ __forceinline__ void decode_items(const DecodeParams& p, std::uint8_t* shared_bytes,
                                              PartItems items, int row_begin, bool narrow) {
