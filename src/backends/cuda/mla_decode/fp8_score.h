@@ -1,9 +1,16 @@
 // Warpgroup 1 of the FP8 decode kernel: scores, online softmax, P. For more than 32 rows; see
 // fp8_score_few.h for fewer.
+//
+// P'_ij = 448 2^(y_ij - m_i) is made of e_ij = s_k[j] 2^(S~_ij s_k[j] c_i) = 2^y_ij and the largest
+// of them: the exponentials need not wait for the maximum, and their unit works beside everything
+// else. That is the same to rounding as long as 2^m stays well within f32; R is 0 then. From the
+// first tile of an item where a row's does not (logits of more than 62 or less than -55, natural
+// log) the warpgroup goes on by logits: y, then m, then 2^(y - m), with a reference for each row.
 #pragma once
 
 #include "backends/cuda/mla_decode/fp8_storage.h"
 #include "backends/cuda/mla_decode/fragments.h"
+#include "backends/cuda/ptx/barrier.h"
 #include "backends/cuda/ptx/convert.h"
 #include "backends/cuda/ptx/fence.h"
 #include "backends/cuda/ptx/math.h"
@@ -44,25 +51,216 @@ __device__ __forceinline__ void qk_gemm(Storage& s, Turn turn, float (&scores)[6
   wgmma_commit();
 }
 
+inline constexpr int kScoreBarrier = 3;  // named barrier of this warpgroup
+
+// The lane's first row, of which it keeps no register.
+__device__ __forceinline__ int first_row() {
+  return static_cast<int>(threadIdx.x >> 5 & 3) * 16 + static_cast<int>(threadIdx.x >> 2 & 7);
+}
+
 // What a score lane keeps. Its rows are g and g + 8 of the warp's 16.
 struct ScoreLane {
-  int t;                       // lane % 4: columns 8n + 2t, + 1
-  int row_at;                  // row_float(g's row)
-  std::uint32_t store_at;      // of stmatrix: row (lane % 16) * 128, and
-  int store_unit;              // its 16-byte unit, before the swizzle of that row
-  float c[2];                  // q_scale softmax_scale log2 e
-  float reference[2], sum[2];  // R; l of this lane's columns
+  int t;                   // lane % 4: columns 8n + 2t, + 1
+  int row_at;              // row_float(g's row)
+  std::uint32_t store_at;  // of stmatrix: row (lane % 16) * 128, and
+  int store_unit;          // its 16-byte unit, before the swizzle of that row
+  float c[2];              // q_scale softmax_scale log2 e
+  float sum[2];            // l of this lane's columns
 };
+
+// R and l of a lane's rows, l of its columns.
+struct RowSums {
+  float reference[2], sum[2];
+};
+
+// What 2^m may be for the exponentials to come first. Within it partial results, which are weighted
+// by 2^(R - the largest R), vanish only if they are small: R is 0 here, and elsewhere at most m.
+inline constexpr float kLargestExponential = 0x1p90f, kSmallestExponential = 0x1p-80f;
+inline constexpr float kVanishing = 0x1p-100f;  // a block of less adds nothing to what is there
 
 template <class Storage>
 __device__ __forceinline__ float2 token_scales(Storage& s, int buffer, int n, int t) {
   return *reinterpret_cast<const float2*>(&s.token_scale[buffer][8 * n + 2 * t]);
 }
 
-// y of one P block, in place. The token scales come from shared memory, which answers slowly beside
-// the tensor cores (its port is the scarcest resource of the kernel): the first eight pairs are
-// loaded while QK runs (`f`), the others eight steps ahead, and log2 s is computed rather than
-// loaded.
+// Scores of one P block become e, in place; m: the largest of each row's here (NaN does not count).
+// The token scales come from shared memory, which answers slowly beside the tensor cores (its port
+// is the scarcest resource of the kernel): the first eight pairs are loaded while QK runs (`f`),
+// the others eight steps ahead. PERF: two multiplications are quicker than a multiply-add with a
+// third register or a logarithm.
+template <class Traits, class Storage>
+__device__ __forceinline__ void exponential_block(Storage& s, int buffer, int block, float (&y)[64],
+                                                  float2 (&f)[8], const ScoreLane& lane,
+                                                  float (&m)[2]) {
+  constexpr int kSteps = Traits::kPBlock / 8;
+  float most[2][2] = {};
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    const int n = block * kSteps + i;
+    const float2 g = f[n & 7];
+    if (n + 8 < kTileTokens / 8) f[n & 7] = token_scales(s, buffer, n + 8, lane.t);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float scale = e & 1 ? g.y : g.x;
+      float& x = y[4 * n + e];
+      x = scale * ex2_approx_ftz(x * scale * lane.c[e >> 1]);
+      most[e >> 1][e & 1] = fmaxf(most[e >> 1][e & 1], x);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) m[r] = fmaxf(most[r][0], most[r][1]);
+}
+
+// The e of tokens that a row must not see become 0, by selection: what stands there may be NaN. The
+// maxima once more. `visible`: tokens of the tile that all rows of the CTA see.
+// PERF: after exponential_block, which is right for the tokens before: with a second form of it
+// that leaves the others out, ptxas takes the scores' descriptors from the uniform registers.
+template <class Traits, class Storage>
+__device__ __forceinline__ void mask_block(Storage& s, int block, int visible, float (&y)[64],
+                                           const ScoreLane& lane, float (&m)[2]) {
+  constexpr int kSteps = Traits::kPBlock / 8;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int seen = visible + s.seen_more[lane.row_at + 2 * r] - 2 * lane.t;
+    m[r] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int n = block * kSteps + i;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& x = y[4 * n + 2 * r + e];
+        if (8 * n + e >= seen) x = 0.0f;
+        m[r] = fmaxf(m[r], x);
+      }
+    }
+  }
+}
+
+// Over the four lanes of a row.
+__device__ __forceinline__ void quad_maximum(float (&m)[2]) {
+#pragma unroll
+  for (int d = 1; d < 4; d *= 2) {
+    const float other0 = __shfl_xor_sync(~0u, m[0], d), other1 = __shfl_xor_sync(~0u, m[1], d);
+    m[0] = fmaxf(m[0], other0);
+    m[1] = fmaxf(m[1], other1);
+  }
+}
+
+// Whether both rows' exponentials are good; small ones are where larger ones came before (`first`:
+// none did). Positive floats are in the order of their bits.
+__device__ __forceinline__ bool within(const float (&m)[2], bool first) {
+  const std::uint32_t least = first ? __float_as_uint(kSmallestExponential) : 0u;
+  const std::uint32_t width = __float_as_uint(kLargestExponential) - least;
+  return __float_as_uint(m[0]) - least <= width && __float_as_uint(m[1]) - least <= width;
+}
+
+// Of the 32 tokens from 8n on, those of columns t.
+template <class Storage>
+__device__ __forceinline__ uint4 sum_factors(Storage& s, int buffer, int n, int t) {
+  return *reinterpret_cast<const uint4*>(&s.sum_factors[buffer][t][n]);
+}
+
+// e of one P block becomes P = e gain, which goes to shared memory with its sigma; l grows by the
+// sum of what P became.
+template <class Traits, class Storage>
+__device__ __forceinline__ void quantize_block(Storage& s, int buffer, int block,
+                                               const float (&e)[64], const float (&gain)[2],
+                                               const float (&sigma)[2], uint4 (&ratios)[2],
+                                               float norm, const ScoreLane& lane, float (&l)[2]) {
+  constexpr int kSteps = Traits::kPBlock / 8;
+  const int n0 = block * kSteps;
+  if (lane.t == 0) {
+    s.sigma[buffer][block][lane.row_at] = sigma[0];
+    s.sigma[buffer][block][lane.row_at + 2] = sigma[1];
+  }
+  float sum[2] = {0.0f, 0.0f};
+  std::uint32_t part[2] = {0u, 0u};
+#pragma unroll
+  for (int i = 0; i < kSteps; i += 4) {  // 32 tokens: two 16-byte units of a P row
+    const int n = n0 + i;
+    uint4& four = ratios[n / 4 & 1];
+    const std::uint32_t ratio[4] = {four.x, four.y, four.z, four.w};
+    if (n + 8 < kTileTokens / 8) four = sum_factors(s, buffer, n + 8, lane.t);
+    std::uint32_t words[4];
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float* x = &e[4 * (n + 2 * pair) + 2 * r];  // columns 8n + 2t, + 1, + 8, + 9
+        const std::uint32_t codes =
+            cvt_e4m3x4(x[0] * gain[r], x[1] * gain[r], x[4] * gain[r], x[5] * gain[r]);
+        std::uint32_t low, high;
+        cvt_f16x4_from_e4m3x4(codes, low, high);
+        part[r] = fma_f16x2(low, ratio[2 * pair], part[r]);
+        part[r] = fma_f16x2(high, ratio[2 * pair + 1], part[r]);
+        words[2 * pair + r] = codes;
+      }
+    }
+    stmatrix_x4(lane.store_at + buffer * 8192 + (((n >> 1) ^ lane.store_unit) << 4), words);
+    if (i % 8 == 4) {  // f16 holds the sum of 8 x 448 with 11 bits; more would cost precision
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float2 f = cvt_f32x2_from_f16x2(part[r]);
+        sum[r] += f.x + f.y;
+        part[r] = 0u;
+      }
+    }
+  }
+  l[0] = fmaf(sum[0], sigma[0] * norm, l[0]);
+  l[1] = fmaf(sum[1], sigma[1] * norm, l[1]);
+}
+
+// Whether this warp moved references in this tile: PV must then rescale O. `row_at`: of the
+// lane's first row; in lane 0 of warp w it is 4w, in the others odd or at least 20.
+template <class Storage>
+__device__ __forceinline__ void tell_rescale(Storage& s, int buffer, int t, int row_at,
+                                             bool moved) {
+  if (t == 0 && row_at < 20 && row_at % 2 == 0)
+    reinterpret_cast<std::uint8_t*>(&s.rescale_flags[buffer])[row_at / 4] = moved ? 1 : 0;
+}
+
+// The softmax of one tile by exponentials; P and what belongs to it go to shared memory. False, and
+// no P, if that is not possible for all rows of the warpgroup.
+template <class Traits, class Storage>
+__device__ __forceinline__ bool softmax_exponentials(Storage& s, int buffer, int visible,
+                                                     bool first, float (&y)[64], float2 (&f)[8],
+                                                     ScoreLane& lane) {
+  constexpr int kBlocks = Traits::kBlocks;
+  float m[kBlocks][2];
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) exponential_block<Traits>(s, buffer, b, y, f, lane, m[b]);
+  if (visible < kTileTokens) {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) mask_block<Traits>(s, b, visible, y, lane, m[b]);
+  }
+  // PERF: what P's sums take is on its way while lanes exchange maxima, in the registers that the
+  // token scales leave.
+  uint4 ratios[2] = {sum_factors(s, buffer, 0, lane.t), sum_factors(s, buffer, 4, lane.t)};
+  float norm[kBlocks];
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) norm[b] = s.sum_norm[buffer][b];
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) quad_maximum(m[b]);
+  const float tile_maximum[2] = {fmaxf(m[0][0], m[kBlocks - 1][0]),
+                                 fmaxf(m[0][1], m[kBlocks - 1][1])};
+  // The warpgroup decides as one: wgmma takes all of it.
+  if (!barrier_and(kScoreBarrier, 128, within(tile_maximum, first))) return false;
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) {
+    float gain[2], sigma[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const bool counts = m[b][r] >= kVanishing;
+      gain[r] = counts ? 448.0f * rcp_approx_ftz(m[b][r]) : 0.0f;
+      sigma[r] = counts ? m[b][r] * (1.0f / 448.0f) : 0.0f;
+    }
+    quantize_block<Traits>(s, buffer, b, y, gain, sigma, ratios, norm[b], lane, lane.sum);
+  }
+  tell_rescale(s, buffer, lane.t, lane.row_at, false);
+  return true;
+}
+
+// Scores of one P block become logits y, in place.
 template <class Traits, class Storage>
 __device__ __forceinline__ void scale_block(Storage& s, int buffer, int block, float (&y)[64],
                                             float2 (&f)[8], const ScoreLane& lane) {
@@ -82,18 +280,19 @@ __device__ __forceinline__ void scale_block(Storage& s, int buffer, int block, f
 
 // Tokens that a row must not see: -inf by selection, what stands there may be NaN.
 template <class Traits, class Storage>
-__device__ __forceinline__ void mask_block(Storage& s, int block, float (&y)[64], int first_token,
-                                           int row, const ScoreLane& lane) {
+__device__ __forceinline__ void mask_logits(Storage& s, int block, int visible, float (&y)[64],
+                                            const ScoreLane& lane) {
   constexpr int kSteps = Traits::kPBlock / 8;
-  const int visible0 = s.row_visible[row] - first_token - 2 * lane.t;
-  const int visible1 = s.row_visible[row + 8] - first_token - 2 * lane.t;
 #pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    const int n = block * kSteps + i;
-    if (8 * n >= visible0) y[4 * n + 0] = -INFINITY;
-    if (8 * n + 1 >= visible0) y[4 * n + 1] = -INFINITY;
-    if (8 * n >= visible1) y[4 * n + 2] = -INFINITY;
-    if (8 * n + 1 >= visible1) y[4 * n + 3] = -INFINITY;
+  for (int r = 0; r < 2; ++r) {
+    const int seen = visible + s.seen_more[lane.row_at + 2 * r] - 2 * lane.t;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const int n = block * kSteps + i;
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (8 * n + e >= seen) y[4 * n + 2 * r + e] = -INFINITY;
+    }
   }
 }
 
@@ -108,12 +307,7 @@ __device__ __forceinline__ void block_maximum(int block, const float (&y)[64], f
     m[0] = fmaxf(m[0], fmaxf(y[4 * n + 0], y[4 * n + 1]));
     m[1] = fmaxf(m[1], fmaxf(y[4 * n + 2], y[4 * n + 3]));
   }
-#pragma unroll
-  for (int d = 1; d < 4; d *= 2) {
-    const float other0 = __shfl_xor_sync(~0u, m[0], d), other1 = __shfl_xor_sync(~0u, m[1], d);
-    m[0] = fmaxf(m[0], other0);
-    m[1] = fmaxf(m[1], other1);
-  }
+  quad_maximum(m);
 }
 
 // Moves the references of both rows if the tile's maximum asks for it. Returns whether a row moved
@@ -121,16 +315,16 @@ __device__ __forceinline__ void block_maximum(int block, const float (&y)[64], f
 // only keeps the f32 range, no bit of P depends on it.)
 template <class Storage>
 __device__ __forceinline__ bool move_reference(Storage& s, int buffer, const float (&m)[2],
-                                               ScoreLane& lane) {
+                                               const ScoreLane& lane, RowSums& sums) {
   float rescale[2];
   bool moved = false;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float reference = m[r] > lane.reference[r] + 40.0f ? m[r] : lane.reference[r];
-    rescale[r] = ex2_approx_ftz(lane.reference[r] - reference);
-    moved = moved || (reference != lane.reference[r] && lane.reference[r] != kNoReference);
-    lane.sum[r] *= rescale[r];
-    lane.reference[r] = reference;
+    const float reference = m[r] > sums.reference[r] + 40.0f ? m[r] : sums.reference[r];
+    rescale[r] = ex2_approx_ftz(sums.reference[r] - reference);
+    moved = moved || (reference != sums.reference[r] && sums.reference[r] != kNoReference);
+    sums.sum[r] *= rescale[r];
+    sums.reference[r] = reference;
   }
   moved = __any_sync(~0u, moved);
   if (moved && lane.t == 0) {
@@ -140,60 +334,74 @@ __device__ __forceinline__ bool move_reference(Storage& s, int buffer, const flo
   return moved;
 }
 
-// y of one P block becomes P, which goes to shared memory with its sigma; l grows by the sum of
-// what P became.
+// The softmax of one tile by logits, which is right for all numbers. Source: numeric/softmax.h.
 template <class Traits, class Storage>
-__device__ __forceinline__ void quantize_block(Storage& s, int buffer, int block,
-                                               const float (&y)[64], const float (&m)[2],
-                                               ScoreLane& lane) {
-  constexpr int kSteps = Traits::kPBlock / 8;
-  const int n0 = block * kSteps;
-  float sigma[2], shift[2];
+__device__ __forceinline__ void softmax_logits(Storage& s, int buffer, int visible, float (&y)[64],
+                                               float2 (&f)[8], const ScoreLane& lane,
+                                               RowSums& sums) {
+  constexpr int kBlocks = Traits::kBlocks, kScores = Traits::kPBlock / 2;
+  float m[kBlocks][2];
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    shift[r] = m[r] == -INFINITY ? 0.0f : m[r] - 8.80735492205760410744f;  // log2 448
-    sigma[r] = ex2_approx_ftz(m[r] - lane.reference[r]) * (1.0f / 448.0f);
+  for (int b = 0; b < kBlocks; ++b) {
+    scale_block<Traits>(s, buffer, b, y, f, lane);
+    if (visible < kTileTokens) mask_logits<Traits>(s, b, visible, y, lane);
+    block_maximum<Traits>(b, y, m[b]);
   }
-  if (lane.t == 0) {
-    s.sigma[buffer][block][lane.row_at] = sigma[0];
-    s.sigma[buffer][block][lane.row_at + 2] = sigma[1];
-  }
-  float sum[2] = {0.0f, 0.0f};
-  std::uint32_t part[2] = {0u, 0u};
+  const float tile_maximum[2] = {fmaxf(m[0][0], m[kBlocks - 1][0]),
+                                 fmaxf(m[0][1], m[kBlocks - 1][1])};
+  const bool moved = move_reference(s, buffer, tile_maximum, lane, sums);
+  tell_rescale(s, buffer, lane.t, lane.row_at, moved);
+  uint4 ratios[2] = {sum_factors(s, buffer, 0, lane.t), sum_factors(s, buffer, 4, lane.t)};
 #pragma unroll
-  for (int i = 0; i < kSteps; i += 4) {  // 32 tokens: two 16-byte units of a P row
-    const int n = n0 + i;
-    const uint4 ratio4 = *reinterpret_cast<const uint4*>(&s.sum_factors[buffer][lane.t][n]);
-    const std::uint32_t ratio[4] = {ratio4.x, ratio4.y, ratio4.z, ratio4.w};
-    std::uint32_t words[4];
+  for (int b = 0; b < kBlocks; ++b) {
+    const float gain[2] = {1.0f, 1.0f};
+    float shift[2], sigma[2];
 #pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float* x = &y[4 * (n + 2 * pair) + 2 * r];  // columns 8n + 2t, + 1, + 8, + 9
-        const std::uint32_t codes =
-            cvt_e4m3x4(ex2_approx_ftz(x[0] - shift[r]), ex2_approx_ftz(x[1] - shift[r]),
-                       ex2_approx_ftz(x[4] - shift[r]), ex2_approx_ftz(x[5] - shift[r]));
-        std::uint32_t low, high;
-        cvt_f16x4_from_e4m3x4(codes, low, high);
-        part[r] = fma_f16x2(low, ratio[2 * pair], part[r]);
-        part[r] = fma_f16x2(high, ratio[2 * pair + 1], part[r]);
-        words[2 * pair + r] = codes;
-      }
+    for (int r = 0; r < 2; ++r) {
+      shift[r] = m[b][r] == -INFINITY ? 0.0f : m[b][r] - 8.80735492205760410744f;  // log2 448
+      sigma[r] = ex2_approx_ftz(m[b][r] - sums.reference[r]) * (1.0f / 448.0f);
     }
-    stmatrix_x4(lane.store_at + buffer * 8192 + (((n >> 1) ^ lane.store_unit) << 4), words);
-    if (i % 8 == 4) {  // f16 holds the sum of 8 x 448 with 11 bits; more would cost precision
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float2 f = cvt_f32x2_from_f16x2(part[r]);
-        sum[r] += f.x + f.y;
-        part[r] = 0u;
-      }
+    for (int i = 0; i < kScores; ++i) {
+      float& x = y[b * kScores + i];
+      x = ex2_approx_ftz(x - shift[i >> 1 & 1]);
     }
+    quantize_block<Traits>(s, buffer, b, y, gain, sigma, ratios, s.sum_norm[buffer][b], lane,
+                           sums.sum);
   }
-  const float norm = s.sum_norm[buffer][block];
-  lane.sum[0] = fmaf(sum[0], sigma[0] * norm, lane.sum[0]);
-  lane.sum[1] = fmaf(sum[1], sigma[1] * norm, lane.sum[1]);
+}
+
+// Scores of a tile, and the scales of its first 64 tokens.
+template <class Storage>
+__device__ __forceinline__ void scores_of_tile(Storage& s, Turn turn, int t, float (&scores)[64],
+                                               float2 (&f)[8]) {
+  qk_gemm(s, turn, scores);
+#pragma unroll
+  for (int n = 0; n < 8; ++n) f[n] = token_scales(s, turn.slot(), n, t);
+  wait(s.p_empty[turn.slot()], turn.phase() ^ 1);
+  wgmma_wait<0>();
+  pin_registers(scores);
+}
+
+// P of a tile goes to PV. Query and keys are given back here, behind the softmax: until it is done
+// the scores may be asked for again. (PV holds the latents for longer anyway.)
+template <class Storage>
+__device__ __forceinline__ void hand_over(Storage& s, int slot, bool last) {
+  fence_proxy_async_shared();
+  arrive_warp(s.p_full[slot]);
+  arrive_warp(s.k_empty[slot][0], s.k_empty[slot][1], s.k_empty[slot][2]);
+  if (last) arrive_warp(s.q_empty);
+}
+
+__device__ __forceinline__ ScoreLane score_lane(std::uint32_t p_address) {
+  const int thread = keep(static_cast<int>(threadIdx.x & 127));
+  const int store_row = (thread >> 5) * 16 + (thread & 15);
+  ScoreLane lane;
+  lane.t = thread & 3;
+  lane.row_at = row_float(first_row());
+  lane.store_at = p_address + store_row * 128;
+  lane.store_unit = ((thread & 31) >> 4) ^ (store_row & 7);
+  return lane;
 }
 
 // lse of a finished row, and 1 / l for the PV warps; of a split R and l.
@@ -215,23 +423,23 @@ __device__ __forceinline__ void finish_row(const DecodeParams& p, Storage& s,
 
 template <class Storage>
 __device__ __noinline__ void finish_rows(const DecodeParams& p, Storage& s, const DecodeItem* item,
-                                         int buffer, float sum0, float sum1, float reference0,
-                                         float reference1, int row, int row_begin) {
-  const float sums[2] = {sum0, sum1}, references[2] = {reference0, reference1};
+                                         int buffer, RowSums sums, int row_begin) {
+  const int row = first_row();
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float l = sums[r];
+    float l = sums.sum[r];
     l += __shfl_xor_sync(~0u, l, 1);
     l += __shfl_xor_sync(~0u, l, 2);
     if ((threadIdx.x & 3) == 0)
-      finish_row(p, s, item, buffer, l, references[r], row + 8 * r, row_begin);
+      finish_row(p, s, item, buffer, l, sums.reference[r], row + 8 * r, row_begin);
   }
 }
 
-// Row constants of an item; the number of keys each row sees goes to shared memory.
+// Row constants of an item.
 template <class Storage>
 __device__ __forceinline__ void begin_rows(const DecodeParams& p, Storage& s, int request,
-                                           int length, int row, ScoreLane& lane) {
+                                           ScoreLane& lane) {
+  const int row = first_row();
   const std::uint8_t* scales =
       reinterpret_cast<const std::uint8_t*>(p.q_scale) + request * p.q_scale_stride.batch;
 #pragma unroll
@@ -239,71 +447,104 @@ __device__ __forceinline__ void begin_rows(const DecodeParams& p, Storage& s, in
     const std::int64_t offset = s.scale_offset[row + 8 * r];
     lane.c[r] =
         offset < 0 ? 0.0f : *reinterpret_cast<const float*>(scales + offset) * p.scale_log2e;
-    lane.reference[r] = kNoReference;
     lane.sum[r] = 0.0f;
-    if (lane.t == 0) s.row_visible[row + 8 * r] = max(0, length - s.hidden[row + 8 * r]);
+    if (lane.t == 0) s.seen_more[lane.row_at + 2 * r] = s.hidden[0] - s.hidden[row + 8 * r];
   }
   __syncwarp();
 }
 
+// Begins item n: row constants, the query. `visible`: tokens from the tile's first on that all rows
+// of this CTA see; its first row hides the most.
+template <class Storage>
+__device__ __forceinline__ void begin_item(const DecodeParams& p, Storage& s,
+                                           const PartItems& items, int n, ScoreLane& lane,
+                                           int& visible, int& tiles_left) {
+  const DecodeItem* item = items.at(p.plan, n);
+  begin_rows(p, s, item->request, lane);
+  visible = item->length - s.hidden[0] - item->tile_begin * kTileTokens;
+  wait(s.q_full, static_cast<std::uint32_t>(n) & 1);
+  tiles_left = item->tile_end - item->tile_begin;
+}
+
+// After the last P, so that PV need not wait for it.
+template <class Storage>
+__device__ __forceinline__ void end_item(const DecodeParams& p, Storage& s, const PartItems& items,
+                                         int n, const RowSums& sums, int row_begin) {
+  finish_rows(p, s, items.at(p.plan, n), n & 3, sums, row_begin);
+  arrive_warp(s.l_full[n & 1]);
+}
+
+// Where the exponentials stop: item, tiles left, visible tokens, turn; each lane's sums lie in P.
+struct Stop {
+  int item, tiles_left, visible;
+  std::uint32_t turn;
+};
+
+// A part by logits; kRest: from the tile on where the exponentials stopped.
+template <class Traits, bool kRest, class Storage>
+__device__ __forceinline__ void score_by_logits(const DecodeParams& p, Storage& s, PartItems items,
+                                                int row_begin) {
+  ScoreLane lane = score_lane(shared_address(s.p[0]));
+  Turn turn;
+  int n = 0, visible = 0, tiles_left = 0;
+  RowSums sums = {{kNoReference, kNoReference}, {0.0f, 0.0f}};
+  if constexpr (kRest) {
+    const Stop stop = *reinterpret_cast<const Stop*>(s.stop);
+    n = stop.item;
+    tiles_left = stop.tiles_left;
+    visible = stop.visible;
+    turn.n = stop.turn;
+    const auto l = reinterpret_cast<const float2*>(s.p[turn.slot()])[threadIdx.x & 127];
+    const DecodeItem* item = items.at(p.plan, n);
+    begin_rows(p, s, item->request, lane);
+    if (tiles_left < item->tile_end - item->tile_begin)
+      sums = {{0.0f, 0.0f}, {l.x, l.y}};  // R was 0 in the tiles before
+  } else {
+    if (items.count == 0) return;
+    begin_item(p, s, items, 0, lane, visible, tiles_left);
+  }
+  while (true) {
+    for (; tiles_left > 0; --tiles_left, visible -= kTileTokens, turn.next()) {
+      float scores[64];
+      float2 f[8];
+      scores_of_tile(s, turn, lane.t, scores, f);
+      softmax_logits<Traits>(s, turn.slot(), visible, scores, f, lane, sums);
+      hand_over(s, turn.slot(), tiles_left == 1);
+    }
+    end_item(p, s, items, n, sums, row_begin);
+    if (++n >= items.count) return;
+    begin_item(p, s, items, n, lane, visible, tiles_left);
+    sums = {{kNoReference, kNoReference}, {0.0f, 0.0f}};
+  }
+}
+
 template <class Traits, class Storage>
 __device__ void score(const DecodeParams& p, Storage& s, PartItems items, int row_begin) {
-  const int thread = keep(static_cast<int>(threadIdx.x & 127));
-  const int row = (thread >> 5) * 16 + ((thread & 31) >> 2);
-  const int store_row = (thread >> 5) * 16 + (thread & 15);
-  ScoreLane lane;
-  lane.t = thread & 3;
-  lane.row_at = row_float(row);
-  lane.store_at = shared_address(s.p[0]) + store_row * 128;
-  lane.store_unit = ((thread & 31) >> 4) ^ (store_row & 7);
-  const bool active = (thread >> 5) * 16 < Traits::kRows;
+  if constexpr (Traits::kBlocks == 2) {  // two P blocks a tile: no registers for both forms
+    return score_by_logits<Traits, false>(p, s, items, row_begin);
+  }
+  ScoreLane lane = score_lane(shared_address(s.p[0]));
   Turn turn;
   for (int n = 0; n < items.count; ++n) {
-    const DecodeItem* item = items.at(p.plan, n);
-    begin_rows(p, s, item->request, item->length, row, lane);
-    // The first token that some row of this CTA must not see: its first row hides the most.
-    const int all_visible = item->length - s.hidden[0];
-    wait(s.q_full, static_cast<std::uint32_t>(n) & 1);
-    int tiles_left = item->tile_end - item->tile_begin;
-    int first_token = item->tile_begin * kTileTokens;
-    for (; tiles_left > 0; --tiles_left, first_token += kTileTokens, turn.next()) {
-      const int slot = turn.slot(), buffer = slot;
+    int visible, tiles_left;
+    bool first = true;
+    begin_item(p, s, items, n, lane, visible, tiles_left);
+    for (; tiles_left > 0; --tiles_left, visible -= kTileTokens, turn.next()) {
       float scores[64];
-      qk_gemm(s, turn, scores);
       float2 f[8];
-#pragma unroll
-      for (int n = 0; n < 8; ++n) f[n] = token_scales(s, buffer, n, lane.t);
-      wait(s.p_empty[buffer], turn.phase() ^ 1);
-      wgmma_wait<0>();
-      pin_registers(scores);
-      arrive_warp(s.k_empty[slot][0], s.k_empty[slot][1], s.k_empty[slot][2]);
-      if (tiles_left == 1) arrive_warp(s.q_empty);
-      if (active) {
-        const bool masked = first_token + kTileTokens > all_visible;
-        float m[Traits::kBlocks][2];
-#pragma unroll
-        for (int block = 0; block < Traits::kBlocks; ++block) {
-          scale_block<Traits>(s, buffer, block, scores, f, lane);
-          if (masked) mask_block<Traits>(s, block, scores, first_token, row, lane);
-          block_maximum<Traits>(block, scores, m[block]);
-        }
-        const float tile_maximum[2] = {fmaxf(m[0][0], m[Traits::kBlocks - 1][0]),
-                                       fmaxf(m[0][1], m[Traits::kBlocks - 1][1])};
-        const bool moved = move_reference(s, buffer, tile_maximum, lane);
-#pragma unroll
-        for (int block = 0; block < Traits::kBlocks; ++block)
-          quantize_block<Traits>(s, buffer, block, scores, m[block], lane);
-        if ((thread & 31) == 0)
-          reinterpret_cast<std::uint8_t*>(&s.rescale_flags[buffer])[thread >> 5] = moved ? 1 : 0;
-        fence_proxy_async_shared();
+      scores_of_tile(s, turn, lane.t, scores, f);
+      if (!softmax_exponentials<Traits>(s, turn.slot(), visible, first, scores, f, lane)) {
+        // PERF: through memory, and never back: otherwise ptxas finds registers for neither loop.
+        const int thread = static_cast<int>(threadIdx.x & 127);
+        reinterpret_cast<float2*>(s.p[turn.slot()])[thread] = make_float2(lane.sum[0], lane.sum[1]);
+        if (thread == 0) *reinterpret_cast<Stop*>(s.stop) = {n, tiles_left, visible, turn.n};
+        barrier_sync(kScoreBarrier, 128);
+        return score_by_logits<Traits, true>(p, s, items, row_begin);
       }
-      arrive_warp(s.p_full[buffer]);
+      first = false;
+      hand_over(s, turn.slot(), tiles_left == 1);
     }
-    // After the last P, so that PV need not wait for it.
-    if (active)
-      finish_rows(p, s, items.at(p.plan, n), n & 3, lane.sum[0], lane.sum[1], lane.reference[0],
-                  lane.reference[1], row, row_begin);
-    arrive_warp(s.l_full[n & 1]);
+    end_item(p, s, items, n, {{0.0f, 0.0f}, {lane.sum[0], lane.sum[1]}}, row_begin);
   }
 }
 

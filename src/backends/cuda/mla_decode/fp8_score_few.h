@@ -14,8 +14,6 @@
 namespace snapmla::cuda {
 namespace fp8_decode {
 
-inline constexpr int kScoreBarrier = 3;  // named barrier of this warpgroup
-
 template <int kRows>
 __device__ __forceinline__ void score_step(float (&d)[kRows / 2], std::uint64_t a, std::uint64_t b,
                                            int accumulate) {

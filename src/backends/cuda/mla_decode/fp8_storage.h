@@ -61,7 +61,8 @@ struct alignas(1024) Fp8SharedCommon {
   int arrived[2];                  // of each PV warpgroup, read by one thread
   float sum_norm[2][kBlocks];      // 1 / s_min of the block
   std::uint32_t rescale_flags[2];  // byte w: score warp w moved a reference
-  int row_visible[64];             // keys that each row sees, of the current item
+  alignas(16) int stop[4];         // of the exponentials: fp8_score.h
+  int seen_more[kRowFloats];       // keys that a row sees more than row 0, which sees the fewest
   // Of each row; bytes from the request's start, -1 where there is no row.
   std::int64_t out_offset[64], scale_offset[64];
   std::int64_t lse_offset[64];  // elements

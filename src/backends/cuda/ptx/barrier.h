@@ -12,6 +12,21 @@ __device__ __forceinline__ void barrier_sync(int barrier, int threads) {
   asm volatile("barrier.cta.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// barrier_sync; whether `value` is true in all threads.
+__device__ __forceinline__ bool barrier_and(int barrier, int threads, bool value) {
+  int all;
+  asm volatile(
+      "{\n.reg .pred p, q;\n"
+      "setp.ne.b32 p, %3, 0;\n"
+      "barrier.cta.red.and.pred q, %1, %2, p;\n"
+      "selp.b32 %0, 1, 0, q;\n"
+      "}"
+      : "=r"(all)
+      : "r"(barrier), "r"(threads), "r"(static_cast<int>(value))
+      : "memory");
+  return all != 0;
+}
+
 __device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
   asm volatile("barrier.cta.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }

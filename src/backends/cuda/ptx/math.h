@@ -17,4 +17,11 @@ __device__ __forceinline__ float lg2_approx_ftz(float x) {
   return y;
 }
 
+// 1 / x, relative error 2^-23; subnormal x counts as zero, rcp(0) = inf.
+__device__ __forceinline__ float rcp_approx_ftz(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace snapmla::cuda::ptx
