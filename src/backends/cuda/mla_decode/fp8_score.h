@@ -178,9 +178,14 @@ __device__ __forceinline__ void quantize_block(Storage& s, int buffer, int block
 #pragma unroll
   for (int i = 0; i < kSteps; i += 4) {  // 32 tokens: two 16-byte units of a P row
     const int n = n0 + i;
-    uint4& four = ratios[n / 4 & 1];
+    uint4 four;
+    if constexpr (Traits::kBlocks == 1) {
+      four = ratios[n / 4 & 1];
+      if (n + 8 < kTileTokens / 8) ratios[n / 4 & 1] = sum_factors(s, buffer, n + 8, lane.t);
+    } else {  // registers are shorter
+      four = sum_factors(s, buffer, n, lane.t);
+    }
     const std::uint32_t ratio[4] = {four.x, four.y, four.z, four.w};
-    if (n + 8 < kTileTokens / 8) four = sum_factors(s, buffer, n + 8, lane.t);
     std::uint32_t words[4];
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
@@ -383,12 +388,10 @@ __device__ __forceinline__ void scores_of_tile(Storage& s, Turn turn, int t, flo
   pin_registers(scores);
 }
 
-// P of a tile goes to PV. Query and keys are given back here, behind the softmax: until it is done
-// the scores may be asked for again. (PV holds the latents for longer anyway.)
+// Query and keys are given back. Exponentials do it behind the softmax, when it is certain that the
+// scores will not be asked for again. (PV holds the latents for longer anyway.)
 template <class Storage>
-__device__ __forceinline__ void hand_over(Storage& s, int slot, bool last) {
-  fence_proxy_async_shared();
-  arrive_warp(s.p_full[slot]);
+__device__ __forceinline__ void give_back(Storage& s, int slot, bool last) {
   arrive_warp(s.k_empty[slot][0], s.k_empty[slot][1], s.k_empty[slot][2]);
   if (last) arrive_warp(s.q_empty);
 }
@@ -474,43 +477,58 @@ __device__ __forceinline__ void end_item(const DecodeParams& p, Storage& s, cons
   arrive_warp(s.l_full[n & 1]);
 }
 
+template <class Traits, class Storage>
+__device__ __forceinline__ void tile_by_logits(Storage& s, const ScoreLane& lane, Turn turn,
+                                               int tiles_left, int visible, RowSums& sums) {
+  float scores[64];
+  float2 f[8];
+  scores_of_tile(s, turn, lane.t, scores, f);
+  give_back(s, turn.slot(), tiles_left == 1);
+  softmax_logits<Traits>(s, turn.slot(), visible, scores, f, lane, sums);
+  fence_proxy_async_shared();
+  arrive_warp(s.p_full[turn.slot()]);
+}
+
+// A part by logits.
+template <class Traits, class Storage>
+__device__ __forceinline__ void score_by_logits(const DecodeParams& p, Storage& s, PartItems items,
+                                                int row_begin) {
+  ScoreLane lane = score_lane(shared_address(s.p[0]));
+  Turn turn;
+  for (int n = 0; n < items.count; ++n) {
+    int visible, tiles_left;
+    begin_item(p, s, items, n, lane, visible, tiles_left);
+    RowSums sums = {{kNoReference, kNoReference}, {0.0f, 0.0f}};
+    for (; tiles_left > 0; --tiles_left, visible -= kTileTokens, turn.next())
+      tile_by_logits<Traits>(s, lane, turn, tiles_left, visible, sums);
+    end_item(p, s, items, n, sums, row_begin);
+  }
+}
+
 // Where the exponentials stop: item, tiles left, visible tokens, turn; each lane's sums lie in P.
 struct Stop {
   int item, tiles_left, visible;
   std::uint32_t turn;
 };
 
-// A part by logits; kRest: from the tile on where the exponentials stopped.
-template <class Traits, bool kRest, class Storage>
-__device__ __forceinline__ void score_by_logits(const DecodeParams& p, Storage& s, PartItems items,
-                                                int row_begin) {
+// The rest of a part by logits, from the tile on where the exponentials stopped.
+template <class Traits, class Storage>
+__device__ __forceinline__ void score_rest(const DecodeParams& p, Storage& s, PartItems items,
+                                           int row_begin) {
   ScoreLane lane = score_lane(shared_address(s.p[0]));
-  Turn turn;
-  int n = 0, visible = 0, tiles_left = 0;
+  const Stop stop = *reinterpret_cast<const Stop*>(s.stop);
+  int n = stop.item, tiles_left = stop.tiles_left, visible = stop.visible;
+  Turn turn{stop.turn};
   RowSums sums = {{kNoReference, kNoReference}, {0.0f, 0.0f}};
-  if constexpr (kRest) {
-    const Stop stop = *reinterpret_cast<const Stop*>(s.stop);
-    n = stop.item;
-    tiles_left = stop.tiles_left;
-    visible = stop.visible;
-    turn.n = stop.turn;
-    const auto l = reinterpret_cast<const float2*>(s.p[turn.slot()])[threadIdx.x & 127];
-    const DecodeItem* item = items.at(p.plan, n);
-    begin_rows(p, s, item->request, lane);
-    if (tiles_left < item->tile_end - item->tile_begin)
-      sums = {{0.0f, 0.0f}, {l.x, l.y}};  // R was 0 in the tiles before
-  } else {
-    if (items.count == 0) return;
-    begin_item(p, s, items, 0, lane, visible, tiles_left);
-  }
+  const auto l = reinterpret_cast<const float2*>(s.p[turn.slot()])[threadIdx.x & 127];
+  const DecodeItem* item = items.at(p.plan, n);
+  begin_rows(p, s, item->request, lane);
+  if (tiles_left < item->tile_end - item->tile_begin)
+    sums = {{0.0f, 0.0f}, {l.x, l.y}};  // R was 0 in the tiles before
+  barrier_sync(kScoreBarrier, 128);     // before somebody's P overwrites them
   while (true) {
-    for (; tiles_left > 0; --tiles_left, visible -= kTileTokens, turn.next()) {
-      float scores[64];
-      float2 f[8];
-      scores_of_tile(s, turn, lane.t, scores, f);
-      softmax_logits<Traits>(s, turn.slot(), visible, scores, f, lane, sums);
-      hand_over(s, turn.slot(), tiles_left == 1);
-    }
+    for (; tiles_left > 0; --tiles_left, visible -= kTileTokens, turn.next())
+      tile_by_logits<Traits>(s, lane, turn, tiles_left, visible, sums);
     end_item(p, s, items, n, sums, row_begin);
     if (++n >= items.count) return;
     begin_item(p, s, items, n, lane, visible, tiles_left);
@@ -521,7 +539,7 @@ __device__ __forceinline__ void score_by_logits(const DecodeParams& p, Storage& 
 template <class Traits, class Storage>
 __device__ void score(const DecodeParams& p, Storage& s, PartItems items, int row_begin) {
   if constexpr (Traits::kBlocks == 2) {  // two P blocks a tile: no registers for both forms
-    return score_by_logits<Traits, false>(p, s, items, row_begin);
+    return score_by_logits<Traits>(p, s, items, row_begin);
   }
   ScoreLane lane = score_lane(shared_address(s.p[0]));
   Turn turn;
@@ -539,10 +557,12 @@ __device__ void score(const DecodeParams& p, Storage& s, PartItems items, int ro
         reinterpret_cast<float2*>(s.p[turn.slot()])[thread] = make_float2(lane.sum[0], lane.sum[1]);
         if (thread == 0) *reinterpret_cast<Stop*>(s.stop) = {n, tiles_left, visible, turn.n};
         barrier_sync(kScoreBarrier, 128);
-        return score_by_logits<Traits, true>(p, s, items, row_begin);
+        return score_rest<Traits>(p, s, items, row_begin);
       }
       first = false;
-      hand_over(s, turn.slot(), tiles_left == 1);
+      fence_proxy_async_shared();
+      arrive_warp(s.p_full[turn.slot()]);
+      give_back(s, turn.slot(), tiles_left == 1);
     }
     end_item(p, s, items, n, {{0.0f, 0.0f}, {lane.sum[0], lane.sum[1]}}, row_begin);
   }

@@ -1,0 +1,115 @@
+// Logits far from zero: where the FP8 kernel's exponentials leave f32 and it goes on by logits,
+// from an item's first tile on or in its midst, for all rows or some.
+#include <cstring>
+#include <random>
+
+#include "cuda/cuda_test.h"
+
+namespace snapmla::test {
+namespace {
+
+BFloat16 narrow(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return BFloat16{static_cast<std::uint16_t>((bits + 0x8000u) >> 16)};
+}
+
+struct Offsets {
+  const char* name;
+  float (*of_token)(std::int64_t token);                  // added to its logits, natural log
+  float (*of_head)(int head) = [](int) { return 1.0f; };  // how much of it the head sees
+};
+
+const Offsets kOffsets[] = {
+    {"near zero", [](std::int64_t) { return 0.0f; }},
+    {"all high", [](std::int64_t) { return 80.0f; }},
+    {"all low", [](std::int64_t) { return -80.0f; }},
+    {"far above f32", [](std::int64_t) { return 500.0f; }},
+    {"far below f32", [](std::int64_t) { return -500.0f; }},
+    {"rises", [](std::int64_t token) { return token < 200 ? 0.0f : 90.0f; }},
+    {"rises beyond f32", [](std::int64_t token) { return token < 200 ? 0.0f : 300.0f; }},
+    {"rises twice", [](std::int64_t t) { return t < 200   ? 0.0f
+                                                : t < 450 ? 100.0f
+                                                          : 160.0f; }},
+    {"rises at the end", [](std::int64_t token) { return token < 640 ? 10.0f : 70.0f; }},
+    {"falls", [](std::int64_t token) { return token < 300 ? 0.0f : -120.0f; }},
+    {"one head in 16 high", [](std::int64_t) { return 90.0f; },
+     [](int head) { return head % 16 == 3 ? 1.0f : 0.0f; }},
+    {"one head of all low", [](std::int64_t) { return -90.0f; },
+     [](int head) { return head == 37 ? 1.0f : 0.0f; }},
+    {"heads far apart", [](std::int64_t) { return 128.0f; },
+     [](int head) { return static_cast<float>(head % 5 - 2); }},
+};
+
+void expect_right(const Offsets& offsets, int heads, int seqlen_q, int p_block,
+                  std::vector<std::int32_t> lengths, bool deterministic) {
+  SCOPED_TRACE(std::string(offsets.name) + ", " + std::to_string(heads) + " heads x " +
+               std::to_string(seqlen_q) + ", p_block " + std::to_string(p_block));
+  gpu::ProblemShape s;
+  s.heads = heads;
+  s.seqlen_q = seqlen_q;
+  s.p_block = p_block;
+  s.lengths = std::move(lengths);
+  s.softmax_scale = 0.125f;
+  s.out = DType::kF32;
+  s.deterministic = deterministic;  // then 64 rows a CTA
+  s.unused_pages = 2;
+  std::vector<std::int64_t> token_of;  // of all requests one after the other
+  for (const std::int32_t length : s.lengths)
+    for (std::int64_t t = 0; t < length; ++t) token_of.push_back(t);
+  const auto normal = [](std::size_t count, std::uint64_t seed) {
+    std::mt19937_64 rng(seed);
+    std::normal_distribution<float> draw;
+    std::vector<BFloat16> x(count);
+    for (BFloat16& v : x) v = narrow(draw(rng));
+    return x;
+  };
+  const auto to_device = [](BFloat16* to, const std::vector<BFloat16>& from) {
+    SNAPMLA_CUDA_CHECK(cudaMemcpy(to, from.data(), from.size() * 2, cudaMemcpyHostToDevice));
+  };
+  gpu::ProblemData data;
+  data.keys = [&](BFloat16* latent, BFloat16* rope, std::int64_t first, std::int64_t count,
+                  cudaStream_t) {
+    const auto n = static_cast<std::size_t>(count);
+    auto l = normal(n * 512, 7 + static_cast<std::uint64_t>(first)), r = normal(n * 64, 8);
+    for (std::size_t i = 0; i < n; ++i)
+      r[i * 64] = narrow(offsets.of_token(token_of[static_cast<std::size_t>(first) + i]));
+    to_device(latent, l);
+    to_device(rope, r);
+  };
+  data.queries = [&](BFloat16* latent, BFloat16* rope, std::int64_t rows, cudaStream_t) {
+    const auto n = static_cast<std::size_t>(rows);
+    auto l = normal(n * 512, 9), r = normal(n * 64, 10);
+    for (std::size_t i = 0; i < n; ++i)
+      r[i * 64] =
+          narrow(8.0f * offsets.of_head(static_cast<int>(static_cast<std::int64_t>(i) % s.heads)));
+    to_device(latent, l);
+    to_device(rope, r);
+  };
+  gpu::Problem problem(s, data);
+  if (deterministic && enough_sms()) {
+    ASSERT_FALSE(tiles_of_16_rows(problem));
+  }
+  expect_agreement(problem, gpu::sample_rows(problem.reference(), 300, 3), 1.5e-2, 8e-2);
+}
+
+class CudaRange : public CudaTest, public ::testing::WithParamInterface<Offsets> {};
+INSTANTIATE_TEST_SUITE_P(All, CudaRange, ::testing::ValuesIn(kOffsets));
+
+TEST_P(CudaRange, AgreesWithFp64) {
+  for (const int p_block : {128, 64}) {
+    expect_right(GetParam(), 64, 1, p_block, {1500, 700, 130, 1, 300}, true);
+    expect_right(GetParam(), 128, 2, p_block, {700, 1300}, true);
+    expect_right(GetParam(), 64, 1, p_block, std::vector<std::int32_t>(300, 700), false);
+    expect_right(GetParam(), 128, 1, p_block, {1500, 700}, false);
+  }
+}
+
+class CudaSmallRange : public CudaTest {};
+
+TEST_F(CudaSmallRange, ExponentialsStopInTheMidst) {
+  expect_right(kOffsets[6], 64, 1, 128, {700, 300, 200}, true);
+}
+
+}  // namespace
+}  // namespace snapmla::test
