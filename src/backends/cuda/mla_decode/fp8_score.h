@@ -4,7 +4,7 @@
 // P'_ij = 448 2^(y_ij - m_i) is made of e_ij = s_k[j] 2^(S~_ij s_k[j] c_i) = 2^y_ij and the largest
 // of them: the exponentials need not wait for the maximum, and their unit works beside everything
 // else. That is the same to rounding as long as 2^m stays well within f32; R is 0 then. From the
-// first tile of an item where a row's does not (logits of more than 62 or less than -55, natural
+// first tile of an item where a row's does not (logits of more than 62 or less than -41, natural
 // log) the warpgroup goes on by logits: y, then m, then 2^(y - m), with a reference for each row.
 #pragma once
 
@@ -73,9 +73,11 @@ struct RowSums {
   float reference[2], sum[2];
 };
 
-// What 2^m may be for the exponentials to come first. Within it partial results, which are weighted
-// by 2^(R - the largest R), vanish only if they are small: R is 0 here, and elsewhere at most m.
-inline constexpr float kLargestExponential = 0x1p90f, kSmallestExponential = 0x1p-80f;
+// What 2^m may be for the exponentials to come first. R is 0 then, and elsewhere at most m and at
+// least m - 40. Partial results are weighted by 2^(R - the largest R), which vanishes from 126
+// binades on: by then what is lost is 24 binades smaller at least (m < -86 beside -60, or 90 beside
+// 126).
+inline constexpr float kLargestExponential = 0x1p90f, kSmallestExponential = 0x1p-60f;
 inline constexpr float kVanishing = 0x1p-100f;  // a block of less adds nothing to what is there
 
 template <class Storage>
