@@ -4,8 +4,9 @@
 // P'_ij = 448 2^(y_ij - m_i) is made of e_ij = s_k[j] 2^(S~_ij s_k[j] c_i) = 2^y_ij and the largest
 // of them: the exponentials need not wait for the maximum, and their unit works beside everything
 // else. That is the same to rounding as long as 2^m stays well within f32; R is 0 then. From the
-// first tile of an item where a row's does not (logits of more than 62 or less than -41, natural
-// log) the warpgroup goes on by logits: y, then m, then 2^(y - m), with a reference for each row.
+// first tile of a part where a row's does not (logits of more than 62 or less than -41, natural
+// log) the warpgroup goes on by logits to the part's end: y, then m, then 2^(y - m), with a
+// reference for each row.
 #pragma once
 
 #include "backends/cuda/mla_decode/fp8_storage.h"
