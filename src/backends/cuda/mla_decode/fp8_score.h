@@ -149,12 +149,15 @@ __device__ __forceinline__ void quad_maximum(float (&m)[2]) {
   }
 }
 
-// Whether both rows' exponentials are good; small ones are where larger ones came before (`first`:
-// none did). Positive floats are in the order of their bits.
-__device__ __forceinline__ bool within(const float (&m)[2], bool first) {
-  const std::uint32_t least = first ? __float_as_uint(kSmallestExponential) : 0u;
-  const std::uint32_t width = __float_as_uint(kLargestExponential) - least;
-  return __float_as_uint(m[0]) - least <= width && __float_as_uint(m[1]) - least <= width;
+// Whether both rows' exponentials are good, and l, which takes them over the tokens' scales: `norm`
+// is 1 over the smallest. Small ones are good where larger ones came before (`first`: none did).
+__device__ __forceinline__ bool within(const float (&m)[2], float norm, bool first) {
+  const float least = first ? kSmallestExponential : 0.0f;
+  bool good = true;
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+    good = good && m[r] >= least && fmaxf(m[r], m[r] * norm) <= kLargestExponential;
+  return good;
 }
 
 // Of the 32 tokens from 8n on, those of columns t.
@@ -252,7 +255,9 @@ __device__ __forceinline__ bool softmax_exponentials(Storage& s, int buffer, int
   const float tile_maximum[2] = {fmaxf(m[0][0], m[kBlocks - 1][0]),
                                  fmaxf(m[0][1], m[kBlocks - 1][1])};
   // The warpgroup decides as one: wgmma takes all of it.
-  if (!barrier_and(kScoreBarrier, 128, within(tile_maximum, first))) return false;
+  if (!barrier_and(kScoreBarrier, 128,
+                   within(tile_maximum, fmaxf(norm[0], norm[kBlocks - 1]), first)))
+    return false;
 #pragma unroll
   for (int b = 0; b < kBlocks; ++b) {
     float gain[2], sigma[2];
