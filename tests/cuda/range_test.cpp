@@ -1,5 +1,6 @@
 // Logits far from zero: where the FP8 kernel's exponentials leave f32 and it goes on by logits,
 // from an item's first tile on or in its midst, for all rows or some.
+#include <algorithm>
 #include <cstring>
 #include <random>
 
@@ -16,35 +17,45 @@ BFloat16 narrow(float x) {
 
 struct Offsets {
   const char* name;
-  float (*of_token)(std::int64_t token);                  // added to its logits, natural log
+  // Added to the logits, natural log.
+  float (*of_token)(std::int64_t request, std::int64_t token);
   float (*of_head)(int head) = [](int) { return 1.0f; };  // how much of it the head sees
 };
 
 const Offsets kOffsets[] = {
-    {"near zero", [](std::int64_t) { return 0.0f; }},
-    {"all high", [](std::int64_t) { return 80.0f; }},
-    {"all low", [](std::int64_t) { return -80.0f; }},
-    {"far above f32", [](std::int64_t) { return 500.0f; }},
-    {"far below f32", [](std::int64_t) { return -500.0f; }},
-    {"rises", [](std::int64_t token) { return token < 200 ? 0.0f : 90.0f; }},
-    {"rises beyond f32", [](std::int64_t token) { return token < 200 ? 0.0f : 300.0f; }},
-    {"rises twice", [](std::int64_t t) { return t < 200   ? 0.0f
-                                                : t < 450 ? 100.0f
-                                                          : 160.0f; }},
-    {"rises at the end", [](std::int64_t token) { return token < 640 ? 10.0f : 70.0f; }},
-    {"falls", [](std::int64_t token) { return token < 300 ? 0.0f : -120.0f; }},
-    {"one head in 16 high", [](std::int64_t) { return 90.0f; },
+    {"near zero", [](std::int64_t, std::int64_t) { return 0.0f; }},
+    {"all high", [](std::int64_t, std::int64_t) { return 80.0f; }},
+    {"all low", [](std::int64_t, std::int64_t) { return -80.0f; }},
+    {"far above f32", [](std::int64_t, std::int64_t) { return 500.0f; }},
+    {"far below f32", [](std::int64_t, std::int64_t) { return -500.0f; }},
+    {"rises", [](std::int64_t, std::int64_t token) { return token < 200 ? 0.0f : 90.0f; }},
+    {"rises beyond f32",
+     [](std::int64_t, std::int64_t token) { return token < 200 ? 0.0f : 300.0f; }},
+    {"rises twice",
+     [](std::int64_t, std::int64_t t) { return t < 200   ? 0.0f
+                                               : t < 450 ? 100.0f
+                                                         : 160.0f; }},
+    {"rises at the end",
+     [](std::int64_t, std::int64_t token) { return token < 640 ? 10.0f : 70.0f; }},
+    {"falls", [](std::int64_t, std::int64_t token) { return token < 300 ? 0.0f : -120.0f; }},
+    {"one head in 16 high", [](std::int64_t, std::int64_t) { return 90.0f; },
      [](int head) { return head % 16 == 3 ? 1.0f : 0.0f; }},
-    {"one head of all low", [](std::int64_t) { return -90.0f; },
+    {"one head of all low", [](std::int64_t, std::int64_t) { return -90.0f; },
      [](int head) { return head == 37 ? 1.0f : 0.0f; }},
-    {"heads far apart", [](std::int64_t) { return 128.0f; },
+    {"rises between splits",
+     [](std::int64_t, std::int64_t token) { return token < 5000 ? 0.0f : 100.0f; }},
+    {"falls between splits",
+     [](std::int64_t, std::int64_t token) { return token < 4096 ? 100.0f : -30.0f; }},
+    {"splits far apart",
+     [](std::int64_t, std::int64_t token) {
+       return token < 4096 ? -60.0f : token < 8192 ? 50.0f : 0.0f;
+     }},
+    {"heads far apart", [](std::int64_t, std::int64_t) { return 128.0f; },
      [](int head) { return static_cast<float>(head % 5 - 2); }},
 };
 
-void expect_right(const Offsets& offsets, int heads, int seqlen_q, int p_block,
-                  std::vector<std::int32_t> lengths, bool deterministic) {
-  SCOPED_TRACE(std::string(offsets.name) + ", " + std::to_string(heads) + " heads x " +
-               std::to_string(seqlen_q) + ", p_block " + std::to_string(p_block));
+gpu::Problem problem_of(const Offsets& offsets, int heads, int seqlen_q, int p_block,
+                        std::vector<std::int32_t> lengths, bool deterministic) {
   gpu::ProblemShape s;
   s.heads = heads;
   s.seqlen_q = seqlen_q;
@@ -54,9 +65,10 @@ void expect_right(const Offsets& offsets, int heads, int seqlen_q, int p_block,
   s.out = DType::kF32;
   s.deterministic = deterministic;  // then 64 rows a CTA
   s.unused_pages = 2;
-  std::vector<std::int64_t> token_of;  // of all requests one after the other
-  for (const std::int32_t length : s.lengths)
-    for (std::int64_t t = 0; t < length; ++t) token_of.push_back(t);
+  std::vector<std::pair<std::int64_t, std::int64_t>> tokens;  // of all requests, one by one
+  for (std::size_t b = 0; b < s.lengths.size(); ++b)
+    for (std::int64_t t = 0; t < s.lengths[b]; ++t)
+      tokens.emplace_back(static_cast<std::int64_t>(b), t);
   const auto normal = [](std::size_t count, std::uint64_t seed) {
     std::mt19937_64 rng(seed);
     std::normal_distribution<float> draw;
@@ -72,8 +84,10 @@ void expect_right(const Offsets& offsets, int heads, int seqlen_q, int p_block,
                   cudaStream_t) {
     const auto n = static_cast<std::size_t>(count);
     auto l = normal(n * 512, 7 + static_cast<std::uint64_t>(first)), r = normal(n * 64, 8);
-    for (std::size_t i = 0; i < n; ++i)
-      r[i * 64] = narrow(offsets.of_token(token_of[static_cast<std::size_t>(first) + i]));
+    for (std::size_t i = 0; i < n; ++i) {
+      const auto& [request, token] = tokens[static_cast<std::size_t>(first) + i];
+      r[i * 64] = narrow(offsets.of_token(request, token));
+    }
     to_device(latent, l);
     to_device(rope, r);
   };
@@ -86,7 +100,15 @@ void expect_right(const Offsets& offsets, int heads, int seqlen_q, int p_block,
     to_device(latent, l);
     to_device(rope, r);
   };
-  gpu::Problem problem(s, data);
+  return gpu::Problem(s, data);
+}
+
+void expect_right(const Offsets& offsets, int heads, int seqlen_q, int p_block,
+                  std::vector<std::int32_t> lengths, bool deterministic) {
+  SCOPED_TRACE(std::string(offsets.name) + ", " + std::to_string(heads) + " heads x " +
+               std::to_string(seqlen_q) + ", p_block " + std::to_string(p_block));
+  gpu::Problem problem =
+      problem_of(offsets, heads, seqlen_q, p_block, std::move(lengths), deterministic);
   if (deterministic && enough_sms()) {
     ASSERT_FALSE(tiles_of_16_rows(problem));
   }
@@ -102,6 +124,38 @@ TEST_P(CudaRange, AgreesWithFp64) {
     expect_right(GetParam(), 128, 2, p_block, {700, 1300}, true);
     expect_right(GetParam(), 64, 1, p_block, std::vector<std::int32_t>(300, 700), false);
     expect_right(GetParam(), 128, 1, p_block, {1500, 700}, false);
+    // Three splits, which the kernel merges, and five, which combine does.
+    expect_right(GetParam(), 64, 1, p_block, {9000, 20000}, true);
+  }
+}
+
+class CudaRangeOfOthers : public CudaTest {};
+
+// In deterministic plans a row's bits do not depend on its batch: not on a request before it in the
+// same part whose logits are out of range, either.
+TEST_F(CudaRangeOfOthers, OtherRequestsOutOfRangeChangeNoBit) {
+  const Offsets kNone{"none", [](std::int64_t, std::int64_t) { return 0.0f; }};
+  const Offsets kEven{"even requests", [](std::int64_t request, std::int64_t token) {
+                        return request % 2 == 0 && token >= 130 ? 90.0f : 0.0f;
+                      }};
+  constexpr int kRequests = 301;
+  std::vector<std::vector<float>> outs, lses;
+  for (const Offsets& offsets : {kNone, kEven}) {
+    gpu::Problem problem =
+        problem_of(offsets, 64, 1, 128, std::vector<std::int32_t>(kRequests, 400), true);
+    run(problem);
+    outs.push_back(problem.out());
+    lses.push_back(problem.lse());
+  }
+  const std::size_t per_request = outs[0].size() / kRequests;
+  for (int b = 0; b < kRequests; ++b) {
+    const auto at = static_cast<std::ptrdiff_t>(static_cast<std::size_t>(b) * per_request);
+    const auto end = at + static_cast<std::ptrdiff_t>(per_request);
+    const bool same =
+        std::equal(outs[0].begin() + at, outs[0].begin() + end, outs[1].begin() + at) &&
+        std::equal(lses[0].begin() + b * 64, lses[0].begin() + b * 64 + 64,
+                   lses[1].begin() + b * 64);
+    EXPECT_EQ(same, b % 2 == 1) << "request " << b;
   }
 }
 

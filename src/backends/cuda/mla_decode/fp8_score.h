@@ -3,10 +3,10 @@
 //
 // P'_ij = 448 2^(y_ij - m_i) is made of e_ij = s_k[j] 2^(S~_ij s_k[j] c_i) = 2^y_ij and the largest
 // of them: the exponentials need not wait for the maximum, and their unit works beside everything
-// else. That is the same to rounding as long as 2^m stays well within f32; R is 0 then. From the
-// first tile of a part where a row's does not (logits of more than 62 or less than -41, natural
-// log) the warpgroup goes on by logits to the part's end: y, then m, then 2^(y - m), with a
-// reference for each row.
+// else. That is the same to rounding as long as 2^m and l stay well within f32; R is 0 then. From
+// the tile of an item on where a row's do not (logits of more than 62, natural log, or less than
+// -41 in its first tile) the warpgroup goes on by logits to the item's end: y, then m, then 2^(y -
+// m), with a reference for each row.
 #pragma once
 
 #include "backends/cuda/mla_decode/fp8_storage.h"
@@ -74,12 +74,12 @@ struct RowSums {
   float reference[2], sum[2];
 };
 
-// What 2^m may be for the exponentials to come first. R is 0 then, and elsewhere at most m and at
-// least m - 40. Partial results are weighted by 2^(R - the largest R), which vanishes from 126
-// binades on: by then what is lost is 24 binades smaller at least (m < -86 beside -60, or 90 beside
-// 126).
+// What 2^m may be for the exponentials to come first. R is 0 then, and m between -60 and 90; where
+// logits come first m is between R and R + 40. Partial results are weighted by 2^(R - the largest
+// R), which vanishes from 126 binades on: by then what is lost is 24 binades smaller at least (m <
+// -86 beside -60, or 90 beside 126).
 inline constexpr float kLargestExponential = 0x1p90f, kSmallestExponential = 0x1p-60f;
-inline constexpr float kVanishing = 0x1p-100f;  // a block of less adds nothing to what is there
+inline constexpr float kVanishing = 0x1p-115f;  // a block of less adds nothing to what is there
 
 template <class Storage>
 __device__ __forceinline__ float2 token_scales(Storage& s, int buffer, int n, int t) {
@@ -513,19 +513,31 @@ __device__ __forceinline__ void score_by_logits(const DecodeParams& p, Storage& 
   }
 }
 
-// Where the exponentials stop: item, tiles left, visible tokens, turn; each lane's sums lie in P.
+// Where the exponentials stop or go on: item, tiles left, visible tokens, turn; each lane's sums
+// lie in P. PERF: through memory, there and back: with anything in common in registers ptxas finds
+// enough for neither loop.
 struct Stop {
   int item, tiles_left, visible;
   std::uint32_t turn;
 };
 
-// The rest of a part by logits, from the tile on where the exponentials stopped.
+template <class Storage>
+__device__ __forceinline__ void stop_at(Storage& s, int item, int tiles_left, int visible,
+                                        Turn turn) {
+  if ((threadIdx.x & 127) == 0)
+    *reinterpret_cast<Stop*>(s.stop) = {item, tiles_left, visible, turn.n};
+  barrier_sync(kScoreBarrier, 128);
+}
+
+// The rest of an item by logits, from the tile on where the exponentials stopped. The next item
+// begins with exponentials again: no row's numbers may depend on another request.
 template <class Traits, class Storage>
 __device__ __forceinline__ void score_rest(const DecodeParams& p, Storage& s, PartItems items,
                                            int row_begin) {
   ScoreLane lane = score_lane(shared_address(s.p[0]));
   const Stop stop = *reinterpret_cast<const Stop*>(s.stop);
-  int n = stop.item, tiles_left = stop.tiles_left, visible = stop.visible;
+  const int n = stop.item;
+  int tiles_left = stop.tiles_left, visible = stop.visible;
   Turn turn{stop.turn};
   RowSums sums = {{kNoReference, kNoReference}, {0.0f, 0.0f}};
   const auto l = reinterpret_cast<const float2*>(s.p[turn.slot()])[threadIdx.x & 127];
@@ -534,24 +546,20 @@ __device__ __forceinline__ void score_rest(const DecodeParams& p, Storage& s, Pa
   if (tiles_left < item->tile_end - item->tile_begin)
     sums = {{0.0f, 0.0f}, {l.x, l.y}};  // R was 0 in the tiles before
   barrier_sync(kScoreBarrier, 128);     // before somebody's P overwrites them
-  while (true) {
-    for (; tiles_left > 0; --tiles_left, visible -= kTileTokens, turn.next())
-      tile_by_logits<Traits>(s, lane, turn, tiles_left, visible, sums);
-    end_item(p, s, items, n, sums, row_begin);
-    if (++n >= items.count) return;
-    begin_item(p, s, items, n, lane, visible, tiles_left);
-    sums = {{kNoReference, kNoReference}, {0.0f, 0.0f}};
-  }
+  for (; tiles_left > 0; --tiles_left, visible -= kTileTokens, turn.next())
+    tile_by_logits<Traits>(s, lane, turn, tiles_left, visible, sums);
+  end_item(p, s, items, n, sums, row_begin);
+  stop_at(s, n + 1, 0, 0, turn);
 }
 
+// From the item on where `stop` says. False where the exponentials stop.
 template <class Traits, class Storage>
-__device__ void score(const DecodeParams& p, Storage& s, PartItems items, int row_begin) {
-  if constexpr (Traits::kBlocks == 2) {  // two P blocks a tile: no registers for both forms
-    return score_by_logits<Traits>(p, s, items, row_begin);
-  }
+__device__ __forceinline__ bool score_by_exponentials(const DecodeParams& p, Storage& s,
+                                                      PartItems items, int row_begin) {
   ScoreLane lane = score_lane(shared_address(s.p[0]));
-  Turn turn;
-  for (int n = 0; n < items.count; ++n) {
+  const Stop stop = *reinterpret_cast<const Stop*>(s.stop);
+  Turn turn{stop.turn};
+  for (int n = stop.item; n < items.count; ++n) {
     int visible, tiles_left;
     bool first = true;
     begin_item(p, s, items, n, lane, visible, tiles_left);
@@ -560,12 +568,10 @@ __device__ void score(const DecodeParams& p, Storage& s, PartItems items, int ro
       float2 f[8];
       scores_of_tile(s, turn, lane.t, scores, f);
       if (!softmax_exponentials<Traits>(s, turn.slot(), visible, first, scores, f, lane)) {
-        // PERF: through memory, and never back: otherwise ptxas finds registers for neither loop.
-        const int thread = static_cast<int>(threadIdx.x & 127);
-        reinterpret_cast<float2*>(s.p[turn.slot()])[thread] = make_float2(lane.sum[0], lane.sum[1]);
-        if (thread == 0) *reinterpret_cast<Stop*>(s.stop) = {n, tiles_left, visible, turn.n};
-        barrier_sync(kScoreBarrier, 128);
-        return score_rest<Traits>(p, s, items, row_begin);
+        reinterpret_cast<float2*>(s.p[turn.slot()])[threadIdx.x & 127] =
+            make_float2(lane.sum[0], lane.sum[1]);
+        stop_at(s, n, tiles_left, visible, turn);
+        return false;
       }
       first = false;
       fence_proxy_async_shared();
@@ -573,6 +579,18 @@ __device__ void score(const DecodeParams& p, Storage& s, PartItems items, int ro
       give_back(s, turn.slot(), tiles_left == 1);
     }
     end_item(p, s, items, n, {{0.0f, 0.0f}, {lane.sum[0], lane.sum[1]}}, row_begin);
+  }
+  return true;
+}
+
+template <class Traits, class Storage>
+__device__ void score(const DecodeParams& p, Storage& s, PartItems items, int row_begin) {
+  if constexpr (Traits::kBlocks == 2) {  // two P blocks a tile: no registers for both forms
+    score_by_logits<Traits>(p, s, items, row_begin);
+  } else {
+    stop_at(s, 0, 0, 0, Turn{});
+    while (!score_by_exponentials<Traits>(p, s, items, row_begin))
+      score_rest<Traits>(p, s, items, row_begin);
   }
 }
 

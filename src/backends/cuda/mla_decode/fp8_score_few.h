@@ -3,9 +3,9 @@
 // are. All four warps share the softmax, where scores of 16 rows would keep a single one busy, and
 // the tile is held for less time: with few rows the ring's latency is what limits the bandwidth.
 //
-// The numbers are those of fp8_score.h. Thread 32w + 4g + t holds, of token half h, tokens
-// 64h + 16w + {g, g + 8} of rows 8n + 2t + {0, 1}: scores[h][4n + {0, 1, 2, 3}] = (g, 0), (g, 1),
-// (g + 8, 0), (g + 8, 1). Its row i = 2n + e is 8n + 2t + e.
+// The numbers are those of fp8_score.h by its logits. Thread 32w + 4g + t holds, of token half h,
+// tokens 64h + 16w + {g, g + 8} of rows 8n + 2t + {0, 1}: scores[h][4n + {0, 1, 2, 3}] = (g, 0),
+// (g, 1), (g + 8, 0), (g + 8, 1). Its row i = 2n + e is 8n + 2t + e.
 #pragma once
 
 #include "backends/cuda/mla_decode/fp8_score.h"
