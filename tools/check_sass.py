@@ -5,10 +5,10 @@
 
 Needs cuobjdump (CUDA toolkit, or `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`); without
 it, it says so and exits with 77 (ctest: skipped). Fails when a kernel with tensor instructions
-touches local memory (LDL, STL) in the innermost loop around one of them more than LEFT says, when any other kernel but
-those of SLOW touches it at all, when a kernel whose name holds fp8_decode has no FP8 tensor
-instruction (QGMMA), when one whose name holds bf16_decode has no BF16 one (HGMMA), or when the file
-holds no kernel at all.
+touches local memory (LDL, STL) in the innermost loop around one of them more than LEFT and RARE
+say, when any other kernel but those of SLOW touches it at all, when a kernel whose name holds
+fp8_decode has no FP8 tensor instruction (QGMMA), when one whose name holds bf16_decode has no BF16
+one (HGMMA), or when the file holds no kernel at all.
 """
 import re
 import shutil
@@ -20,6 +20,8 @@ SLOW = ("study_decode",)  # of the evaluation: arrays by head, never in a servin
 # What is left in loops with tensor instructions, so that it cannot grow: an address that the score warps reload once per
 # tile; with P blocks of 64 (not the default) parts of O, nearly all of them where the reference of a row moves.
 LEFT = {"Fp8DecodeTraitsILi64ELi128": 1, "Fp8DecodeTraitsILi64ELi64": 88}
+# The same for the loop that takes over where logits are far from zero (fp8_score.h): the one with this many logarithms.
+RARE, LOGARITHMS = {"Fp8DecodeTraitsILi64ELi128": 56}, 32
 FUNCTION = re.compile(r"^\s*Function : (\S+)")
 LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_]*)([^;]*);")
 TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
@@ -36,7 +38,8 @@ def parse(sass):
         found = LINE.match(line)
         if found and current is not None:
             target = TARGET.search(found.group(3)) if found.group(2) == "BRA" else None
-            current.append((int(found.group(1), 16), found.group(2), int(target.group(1), 16) if target else None))
+            opcode = "MUFU.LG2" if found.group(2) == "MUFU" and ".LG2" in found.group(3) else found.group(2)
+            current.append((int(found.group(1), 16), opcode, int(target.group(1), 16) if target else None))
     return kernels
 
 
@@ -65,7 +68,13 @@ def judge(kernels):
             loops = tensor_loops(code)
             if not loops:
                 bad.append(f"{name}: no loop around its tensor instructions was found")
-            local = [at for at in local if any(begin <= at <= end for begin, end in loops)]
+            rare = {loop for loop in loops if any(part in name for part in RARE) and
+                    sum(opcode == "MUFU.LG2" and loop[0] <= at <= loop[1] for at, opcode, _ in code) >= LOGARITHMS}
+            seldom = [at for at in local if any(begin <= at <= end for begin, end in rare)]
+            if len(seldom) > sum(count for part, count in RARE.items() if part in name):
+                bad.append(f"{name}: {len(seldom)} accesses to local memory in the loop by logits, the first at "
+                           f"{seldom[0]:#x}")
+            local = [at for at in local if any(begin <= at <= end for begin, end in loops - rare)]
         if len(local) > sum(count for part, count in LEFT.items() if part in name):
             bad.append(f"{name}: {len(local)} accesses to local memory, the first at {local[0]:#x}: it spills")
     return bad

@@ -23,7 +23,7 @@
 //   copies  |  chunk by chunk into the ring of two tiles, as QK and PV release them
 //
 // Shared memory (bytes): query 40,960; ring 2 x (4 x 16,384 latent + 16,384 rope); P 2 x 8,192;
-// factors, weights, row places and barriers 10,240 with padding, with P blocks of 64 11,264; maxima
+// factors, weights, row places and barriers 9,216 with padding, with P blocks of 64 10,240; maxima
 // across warps 1,024. See Fp8SharedCommon and Fp8SharedStorage.
 #pragma once
 
