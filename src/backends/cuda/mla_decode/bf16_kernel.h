@@ -409,12 +409,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   const PartItems items{part, p.plan.parts[part].begin, p.plan.parts[part].count};
   if (threadIdx.x < 128) {
     ptx::setmaxnreg_dec<kLoadRegisters>();
-    if (threadIdx.x == 0) {
-      copy_pages<0>(p, s, items);
-    } else if (threadIdx.x == 32) {
-      copy_pages<1>(p, s, items);
-    } else if (threadIdx.x >= 64) {
+    const int warp = static_cast<int>(threadIdx.x >> 5);
+    if (warp >= 2) {
       load_queries(p, s, items, row_begin);
+    } else if (ptx::elect_one()) {
+      if (warp == 0) {
+        copy_pages<0>(p, s, items);
+      } else {
+        copy_pages<1>(p, s, items);
+      }
     }
   } else if (threadIdx.x < 256) {
     ptx::setmaxnreg_inc<kMathRegisters>();

@@ -112,7 +112,7 @@ __device__ __forceinline__ void decode_items(const DecodeParams& p, std::uint8_t
     } else if (warp == 1) {
       as_chosen(
           [&]<class Traits>(Fp8SharedStorage<Traits>&) { make_factors<Traits>(p, common, items); });
-    } else if (thread == 0) {
+    } else if (elect_one()) {
       copy_pages(p, common, items);
       griddepcontrol_launch_dependents();  // combine may come while the last tiles are computed
     }

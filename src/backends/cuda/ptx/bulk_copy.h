@@ -6,6 +6,21 @@
 
 namespace snapmla::cuda::ptx {
 
+// True in one lane of the warp, all of which call it. PERF: whoever issues bulk copies must be
+// chosen so. Their operands lie in uniform registers; behind a comparison of the thread's index
+// ptxas does not see that one lane is left, computes every address for 32 lanes and puts a loop
+// over the lanes around every copy.
+__device__ __forceinline__ bool elect_one() {
+  std::uint32_t chosen;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.b32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(chosen));
+  return chosen != 0;
+}
+
 // Global -> shared; completion adds `bytes` to the barrier's transferred count.
 __device__ __forceinline__ void bulk_copy_g2s(std::uint32_t destination, const void* source,
                                               std::uint32_t bytes, std::uint32_t barrier) {
