@@ -6,9 +6,10 @@
 Needs cuobjdump (CUDA toolkit, or `pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm`); without
 it, it says so and exits with 77 (ctest: skipped). Fails when a kernel with tensor instructions
 touches local memory (LDL, STL) in the innermost loop around one of them more than LEFT and RARE
-say, when any other kernel but those of SLOW touches it at all, when a kernel whose name holds
-fp8_decode has no FP8 tensor instruction (QGMMA), when one whose name holds bf16_decode has no BF16
-one (HGMMA), or when the file holds no kernel at all.
+say, when any other kernel but those of SLOW touches it at all, when a kernel with tensor
+instructions has a loop over the lanes of a warp (around a bulk copy: it cost 2% of decode), when a
+kernel whose name holds fp8_decode has no FP8 tensor instruction (QGMMA), when one whose name holds
+bf16_decode has no BF16 one (HGMMA), or when the file holds no kernel at all.
 """
 import re
 import shutil
@@ -38,7 +39,11 @@ def parse(sass):
         found = LINE.match(line)
         if found and current is not None:
             target = TARGET.search(found.group(3)) if found.group(2) == "BRA" else None
-            opcode = "MUFU.LG2" if found.group(2) == "MUFU" and ".LG2" in found.group(3) else found.group(2)
+            opcode = found.group(2)
+            if opcode == "MUFU" and ".LG2" in found.group(3):
+                opcode = "MUFU.LG2"
+            if opcode == "BRA" and found.group(3).startswith(".U.ANY"):
+                opcode = "BRA.U.ANY"
             current.append((int(found.group(1), 16), opcode, int(target.group(1), 16) if target else None))
     return kernels
 
@@ -63,6 +68,10 @@ def judge(kernels):
                 bad.append(f"{name}: no {instruction}")
         if any(part in name for part in SLOW):
             continue
+        lanes = [at for at, opcode, _ in code if opcode == "BRA.U.ANY"]
+        if lanes:
+            bad.append(f"{name}: {len(lanes)} loops over lanes around an instruction with uniform operands, the first "
+                       f"at {lanes[0]:#x}: one lane must be chosen by elect_one()")
         local = [at for at, opcode, _ in code if opcode in ("LDL", "STL")]
         if any(opcode.endswith("GMMA") for opcode in opcodes):
             loops = tensor_loops(code)

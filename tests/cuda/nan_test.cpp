@@ -62,16 +62,19 @@ TEST_F(CudaSmallNan, AScaleThatIsNotPositive) {
 }
 
 TEST_F(CudaSmallNan, ANanCodeInTheLatent) {
-  for (const bool widest : {false, true}) {
-    gpu::Problem problem(small_shape(KvCacheFormat::kFp8, 64, false, widest));
-    if (enough_sms()) {
-      ASSERT_EQ(tiles_of_16_rows(problem), !widest);
+  for (const int p_block : {64, 128}) {
+    for (const bool widest : {false, true}) {
+      SCOPED_TRACE("p_block " + std::to_string(p_block));
+      gpu::Problem problem(small_shape(KvCacheFormat::kFp8, p_block, false, widest));
+      if (enough_sms()) {
+        ASSERT_EQ(tiles_of_16_rows(problem), !widest);
+      }
+      const std::uint8_t code = 0x7f;
+      SNAPMLA_CUDA_CHECK(
+          cudaMemcpy(problem.latent_code_of(1, kBadToken, 77), &code, 1, cudaMemcpyHostToDevice));
+      run(problem);
+      expect_nan_rows(problem);
     }
-    const std::uint8_t code = 0x7f;
-    SNAPMLA_CUDA_CHECK(
-        cudaMemcpy(problem.latent_code_of(1, kBadToken, 77), &code, 1, cudaMemcpyHostToDevice));
-    run(problem);
-    expect_nan_rows(problem);
   }
 }
 
@@ -99,9 +102,12 @@ TEST_F(CudaSmallNan, ANonFiniteKeyThatWasAppended) {
         SNAPMLA_CUDA_CHECK(cudaDeviceSynchronize());
         SNAPMLA_CUDA_CHECK(cudaMemcpy(at, &bits, 2, cudaMemcpyHostToDevice));
       };
-      gpu::Problem problem(small_shape(KvCacheFormat::kFp8, 64, false, in_rope), data);
-      run(problem);
-      expect_nan_rows(problem);
+      for (const int p_block : {64, 128}) {
+        SCOPED_TRACE("p_block " + std::to_string(p_block));
+        gpu::Problem problem(small_shape(KvCacheFormat::kFp8, p_block, false, in_rope), data);
+        run(problem);
+        expect_nan_rows(problem);
+      }
     }
   }
 }
@@ -115,18 +121,22 @@ TEST_F(CudaSmallNan, ANonFiniteQueryReachesItsOwnRowOnly) {
     const std::int64_t row = (1 * kQueryTokens + 1) * kHeads + 7;
     SNAPMLA_CUDA_CHECK(cudaMemcpy(latent + row * 512 + 4, &infinity, 2, cudaMemcpyHostToDevice));
   };
-  for (const bool widest : {false, true}) {
-    gpu::Problem problem(small_shape(KvCacheFormat::kFp8, 64, false, widest), data);
-    run(problem);
-    const auto out = problem.out(), lse = problem.lse();
-    for (std::int64_t b = 0; b < 3; ++b) {
-      for (std::int64_t t = 0; t < kQueryTokens; ++t) {
-        for (std::int64_t h = 0; h < kHeads; ++h) {
-          const bool bad = b == 1 && t == 1 && h == 7;
-          const auto row = static_cast<std::size_t>((b * kQueryTokens + t) * kHeads + h);
-          EXPECT_EQ(std::isnan(lse[static_cast<std::size_t>((b * kHeads + h) * kQueryTokens + t)]),
-                    bad);
-          for (std::size_t d = 0; d < 512; ++d) ASSERT_EQ(std::isnan(out[row * 512 + d]), bad);
+  for (const int p_block : {64, 128}) {
+    SCOPED_TRACE("p_block " + std::to_string(p_block));
+    for (const bool widest : {false, true}) {
+      gpu::Problem problem(small_shape(KvCacheFormat::kFp8, p_block, false, widest), data);
+      run(problem);
+      const auto out = problem.out(), lse = problem.lse();
+      for (std::int64_t b = 0; b < 3; ++b) {
+        for (std::int64_t t = 0; t < kQueryTokens; ++t) {
+          for (std::int64_t h = 0; h < kHeads; ++h) {
+            const bool bad = b == 1 && t == 1 && h == 7;
+            const auto row = static_cast<std::size_t>((b * kQueryTokens + t) * kHeads + h);
+            EXPECT_EQ(
+                std::isnan(lse[static_cast<std::size_t>((b * kHeads + h) * kQueryTokens + t)]),
+                bad);
+            for (std::size_t d = 0; d < 512; ++d) ASSERT_EQ(std::isnan(out[row * 512 + d]), bad);
+          }
         }
       }
     }

@@ -19,6 +19,7 @@ struct Offsets {
   // Added to the logits, natural log.
   float (*of_token)(std::int64_t request, std::int64_t token);
   float (*of_head)(int head) = [](int) { return 1.0f; };  // how much of it the head sees
+  float key_scale = 1.0f;  // of keys, and so of tokens' scales; of queries its inverse
 };
 
 const Offsets kOffsets[] = {
@@ -43,6 +44,13 @@ const Offsets kOffsets[] = {
      [](int head) { return head == 37 ? 1.0f : 0.0f; }},
     {"heads far apart", [](std::int64_t, std::int64_t) { return 128.0f; },
      [](int head) { return static_cast<float>(head % 5 - 2); }},
+    // Token scales of about 2^-57: the largest s 2^logit of a row is 2^70 to 2^86, where the
+    // exponentials are good, but their sum over s, which is l, is not within f32.
+    {"l alone beyond f32", [](std::int64_t, std::int64_t) { return 88.0f; },
+     [](int) { return 1.0f; }, 0x1p-50f},
+    {"l alone beyond f32 later",
+     [](std::int64_t, std::int64_t token) { return token < 300 ? 0.0f : 88.0f; },
+     [](int) { return 1.0f; }, 0x1p-50f},
 };
 
 const Offsets kSplitOffsets[] = {
@@ -72,14 +80,15 @@ gpu::Problem problem_of(const Offsets& offsets, int heads, int seqlen_q, int p_b
     for (std::int64_t t = 0; t < s.lengths[b]; ++t)
       tokens.emplace_back(static_cast<std::int64_t>(b), t);
   // Nearly normal, from a counter: sums of four bytes.
-  const auto normal = [](std::size_t count, std::uint64_t seed) {
+  const auto normal = [](std::size_t count, std::uint64_t seed, float scale = 1.0f) {
     std::vector<BFloat16> x(count);
     for (std::size_t k = 0; k < count; ++k) {
       std::uint64_t h = (k + 1) * 0x9E3779B97F4A7C15u ^ seed * 0xD1B54A32D192ED03u;
       h = (h ^ h >> 30) * 0xBF58476D1CE4E5B9u;
       h ^= h >> 27;
       const auto byte = [h](int b) { return static_cast<int>(h >> 8 * b & 0xff); };
-      x[k] = narrow(static_cast<float>(byte(2) + byte(3) + byte(4) + byte(5) - 510) * 0.00677f);
+      x[k] = narrow(static_cast<float>(byte(2) + byte(3) + byte(4) + byte(5) - 510) * 0.00677f *
+                    scale);
     }
     return x;
   };
@@ -90,20 +99,22 @@ gpu::Problem problem_of(const Offsets& offsets, int heads, int seqlen_q, int p_b
   data.keys = [&](BFloat16* latent, BFloat16* rope, std::int64_t first, std::int64_t count,
                   cudaStream_t) {
     const auto n = static_cast<std::size_t>(count);
-    auto l = normal(n * 512, 7 + static_cast<std::uint64_t>(first)), r = normal(n * 64, 8);
+    auto l = normal(n * 512, 7 + static_cast<std::uint64_t>(first), offsets.key_scale);
+    auto r = normal(n * 64, 8, offsets.key_scale);
     for (std::size_t i = 0; i < n; ++i) {
       const auto& [request, token] = tokens[static_cast<std::size_t>(first) + i];
-      r[i * 64] = narrow(offsets.of_token(request, token));
+      r[i * 64] = narrow(offsets.of_token(request, token) * offsets.key_scale);
     }
     to_device(latent, l);
     to_device(rope, r);
   };
   data.queries = [&](BFloat16* latent, BFloat16* rope, std::int64_t rows, cudaStream_t) {
     const auto n = static_cast<std::size_t>(rows);
-    auto l = normal(n * 512, 9), r = normal(n * 64, 10);
+    const float scale = 1.0f / offsets.key_scale;
+    auto l = normal(n * 512, 9, scale), r = normal(n * 64, 10, scale);
     for (std::size_t i = 0; i < n; ++i)
-      r[i * 64] =
-          narrow(8.0f * offsets.of_head(static_cast<int>(static_cast<std::int64_t>(i) % s.heads)));
+      r[i * 64] = narrow(
+          8.0f * offsets.of_head(static_cast<int>(static_cast<std::int64_t>(i) % s.heads)) * scale);
     to_device(latent, l);
     to_device(rope, r);
   };

@@ -6,8 +6,10 @@
 namespace snapmla::test {
 namespace {
 
-gpu::ProblemShape ragged_shape(KvCacheFormat format, int heads, bool deterministic) {
+gpu::ProblemShape ragged_shape(KvCacheFormat format, int heads, bool deterministic,
+                               int p_block = 64) {
   gpu::ProblemShape s;
+  s.p_block = p_block;
   s.format = format;
   s.heads = heads;
   s.seqlen_q = 2;
@@ -25,19 +27,30 @@ gpu::ProblemShape short_shape(KvCacheFormat format, int heads) {
   return s;
 }
 
+struct Repeated {
+  bool short_requests, deterministic, wide_table;
+  int p_block;
+};
+
 TEST_F(CudaTest, AThousandTimesTheSameBits) {
   for (const auto format : {KvCacheFormat::kFp8, KvCacheFormat::kBf16}) {
+    const bool fp8 = format == KvCacheFormat::kFp8;
     for (const int heads : {128, 16}) {
-      for (const int kind : {0, 1, 2, 3}) {
-        if (kind == 3 && format == KvCacheFormat::kBf16) continue;
+      for (const Repeated& kind :
+           {Repeated{false, false, false, 64}, Repeated{false, true, false, 64},
+            Repeated{true, false, false, 64}, Repeated{true, false, true, 64},
+            Repeated{false, false, false, 128}, Repeated{false, true, false, 128}}) {
+        if ((kind.wide_table || kind.p_block == 128) && !fp8) continue;
         gpu::ProblemShape shape =
-            kind >= 2 ? short_shape(format, heads) : ragged_shape(format, heads, kind == 1);
-        if (kind == 3) shape.unused_columns = kWideTable;
+            kind.short_requests ? short_shape(format, heads)
+                                : ragged_shape(format, heads, kind.deterministic, kind.p_block);
+        if (kind.wide_table) shape.unused_columns = kWideTable;
         gpu::Problem problem(shape, uneven_data(4));
         if (enough_sms()) {
-          const bool fp8 = format == KvCacheFormat::kFp8;
-          ASSERT_EQ(problem.plan_chooses_rows(), fp8 && kind % 3 == 0);
-          ASSERT_EQ(tiles_of_16_rows(problem), fp8 && (kind >= 2 || (kind == 0 && heads == 16)));
+          ASSERT_EQ(problem.plan_chooses_rows(),
+                    fp8 && !kind.deterministic && (kind.wide_table || !kind.short_requests));
+          ASSERT_EQ(tiles_of_16_rows(problem),
+                    fp8 && (kind.short_requests || (!kind.deterministic && heads == 16)));
         }
         run(problem);
         const gpu::DeviceBuffer<std::uint8_t> first(problem.out_bits());

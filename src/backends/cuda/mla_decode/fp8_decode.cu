@@ -1,6 +1,5 @@
 // All instances of the FP8 decode kernel. Registers are full to the last; what ptxas spills lies
-// where an item begins and ends, with 64 rows and P blocks of 64 also in PV's loop over tiles, and
-// in that of the copying thread.
+// where an item begins and ends, with 64 rows and P blocks of 64 also in PV's loop over tiles.
 // PTXAS: spill <= 512
 #include "backends/cuda/mla_decode/fp8_kernel.h"
 
