@@ -44,8 +44,8 @@ const Offsets kOffsets[] = {
      [](int head) { return head == 37 ? 1.0f : 0.0f; }},
     {"heads far apart", [](std::int64_t, std::int64_t) { return 128.0f; },
      [](int head) { return static_cast<float>(head % 5 - 2); }},
-    // Token scales of about 2^-57: the largest s 2^logit of a row is 2^70 to 2^86, where the
-    // exponentials are good, but their sum over s, which is l, is not within f32.
+    // Token scales of about 2^-57: the largest s 2^logit of a row is 2^60 to 2^90, where the
+    // exponentials are good, but the sum of all over s, which is l, is beyond f32.
     {"l alone beyond f32", [](std::int64_t, std::int64_t) { return 88.0f; },
      [](int) { return 1.0f; }, 0x1p-50f},
     {"l alone beyond f32 later",
