@@ -359,6 +359,42 @@ TEST_F(CudaTest, FewTilesForEachPart) {
   }
 }
 
+// Every way in which combine shares its blocks, which follows from rows, batch and the table's
+// width: one to four requests, long ones, short ones in wide tables, empty ones; one long request
+// among many short ones, whose pieces are weighed a few at a time.
+TEST_F(CudaTest, CombineSharesItsBlocks) {
+  std::vector<std::vector<std::int32_t>> batches = {{20000}, {640},         {1},
+                                                    {0},     {16384, 9000}, {12000, 0, 300, 7}};
+  for (const int others : {5, 20, 100}) {
+    batches.emplace_back(static_cast<std::size_t>(others), 5);
+    batches.back()[static_cast<std::size_t>(others / 2)] = 60000;
+  }
+  std::uint64_t seed = 900;
+  for (const auto& lengths : batches) {
+    const bool all_long = *std::min_element(lengths.begin(), lengths.end()) > 8000;
+    for (const auto& [heads, seqlen_q] : std::vector<std::pair<int, int>>{
+             {8, 1}, {16, 1}, {32, 1}, {40, 1}, {64, 1}, {128, 1}, {64, 3}}) {
+      gpu::ProblemShape s;
+      s.heads = heads;
+      s.seqlen_q = seqlen_q;
+      s.lengths = lengths;
+      s.unused_columns = lengths[0] < 1000 && lengths.size() == 1 ? kWideTable : 1;
+      s.out = seed % 2 == 0 ? DType::kBF16 : DType::kF32;
+      s.seed = ++seed;
+      SCOPED_TRACE(std::to_string(lengths.size()) + " requests, the first of " +
+                   std::to_string(lengths[0]) + ", " + std::to_string(heads) + " heads x " +
+                   std::to_string(seqlen_q));
+      // Long requests of plain data are the sharper check: their scores spread less, so that the
+      // tensor cores' cut is small.
+      const bool plain = all_long && seed % 2 == 0;
+      gpu::Problem problem(s, plain ? gpu::ProblemData{} : uneven_data(seed));
+      expect_agreement(problem, gpu::sample_rows(problem.reference(), 48, seed),
+                       plain ? kManyTokensSlack : 4e-3, kFewTokensLse);
+      ASSERT_FALSE(HasFatalFailure());
+    }
+  }
+}
+
 // Big shapes of the benchmark, both images, three tensors.
 TEST_F(CudaTest, BenchmarkShapes) {
   for (const auto format : {KvCacheFormat::kFp8, KvCacheFormat::kBf16}) {

@@ -171,6 +171,7 @@ TEST(Cutting, OnePieceAPartLeavesSmsFreeWhereThatIsFaster) {
   EXPECT_EQ(best(128, 16, 5), 2);     // 16 x 640
   EXPECT_EQ(best(128, 1, 1024), 16);  // 1 x 131,072
   EXPECT_EQ(best(64, 1, 64), 1);
+  EXPECT_EQ(best(16, 1, 64), 1);  // by one tile 8.7 us, by two 9.9 (variant 74)
   EXPECT_EQ(best(16, 4, 64), 2);
   EXPECT_EQ(best(16, 16, 16), 2);
   // The BF16 kernel, always 64 rows a CTA: 16 heads, 1 x 8,192, 15.6 us by two tiles, 14.4 by one.

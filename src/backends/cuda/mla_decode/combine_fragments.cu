@@ -4,9 +4,11 @@
 //   m = max_s R_s,  w_s = 2^(R_s - m),  O = sum_s w_s O_s / sum_s w_s l_s,
 //   lse = ln 2 (m + log2 sum_s w_s l_s);  no token: O = 0, lse = -inf
 //
-// The work is cut into blocks of 8 rows x 64 dims and groups of 128 threads. Where a request may
-// have many splits, several groups share a block, each takes every kSharing-th split, and they
-// meet; otherwise each group takes a block of its own.
+// The work is cut into blocks of 8 rows x 64, 32 or 16 dims and groups of 128, 64 or 32 threads, a
+// float4 of a partial result per thread. Where a request may have many splits, several groups share
+// a block, each takes every kSharing-th split, and they meet; otherwise each group takes a block of
+// its own. What counts with few requests is how many partial results are on their way at a time:
+// narrow blocks give them more CTAs and more groups.
 // PTXAS: no-spill
 #include <algorithm>
 
@@ -21,27 +23,41 @@
 namespace snapmla::cuda {
 namespace {
 
-constexpr int kThreads = 512, kGroups = kThreads / 128;
-constexpr int kAhead = 4;          // partial results in flight per thread
+constexpr int kThreads = 512;
 constexpr int kEnough = 12;        // splits per group: fewer are not worth another group
-constexpr int kWaveGroups = 1024;  // groups that run at once, about
+constexpr int kWaveGroups = 1024;  // groups of 128 threads that run at once, about
 constexpr unsigned kManyCtas = 384;
 
-// kSharing: groups that share a block.
-template <int kSharing>
-struct Shared {
-  static constexpr int kBlocks = kGroups / kSharing;
-  static constexpr int kWeighed = 32 * kSharing;  // splits whose weights fit at a time
-  float maximum[kBlocks][kSharing * 4][8], row_maximum[kBlocks][8];
-  float weight[kBlocks][kWeighed][8], share[kBlocks][kWeighed][8];  // of O; of l
-  float4 o[kBlocks][kSharing][128];
-  float2 sum[kBlocks][kSharing][128];
+// kGroup: threads of a group. kSharing: groups that share a block. kAhead: partial results in
+// flight per thread. kCtas: of an SM.
+template <int kGroup_, int kSharing_, int kAhead_, int kCtas_>
+struct Traits {
+  static constexpr int kGroup = kGroup_, kSharing = kSharing_, kAhead = kAhead_, kCtas = kCtas_;
+  static constexpr int kSharers = kGroup * kSharing;
+  static constexpr int kBlocks = kThreads / kSharers;
+  // Of splits that a thread weighs at once: registers.
+  static constexpr int kStates = kCtas == 1 ? 3 : kSharing > 1 ? 2 : 1;
+  static constexpr int kWeighed = kSharers / 8 * kStates;  // splits whose weights fit at a time
 };
 
-// A block's place: row tile of 1 << log_width rows, half of the dims, m, n; see fragments.h.
+template <class T>
+struct Shared {
+  static constexpr int kGroup = T::kGroup, kSharing = T::kSharing, kSharers = T::kSharers;
+  static constexpr int kBlocks = T::kBlocks, kWeighed = T::kWeighed;
+  float maximum[kBlocks][kSharers / 32][8], row_maximum[kBlocks][8];
+  float weight[kBlocks][kWeighed][8], share[kBlocks][kWeighed][8];  // of O; of l
+  float4 o[kBlocks][kSharing][kGroup];
+  float2 sum[kBlocks][kSharing][kGroup];
+};
+
+// A block's place: row tile of 1 << log_width rows, half of the dims, m, n and the first of its
+// threads; see fragments.h.
 struct Block {
-  int row_begin, half, m, n;
-  __device__ Block(int index, int log_width) {
+  int row_begin, half, m, n, first_thread;
+  __device__ Block(int index, int log_width, int group_threads) {
+    const int slices = 128 / group_threads;
+    first_thread = index % slices * group_threads;
+    index /= slices;
     n = index & ((1 << (log_width - 3)) - 1);
     index >>= log_width - 3;
     m = index % 4;
@@ -70,15 +86,16 @@ __device__ void write(const DecodeParams& p, int request, int row, int dim, cons
   }
 }
 
-// Threads of a block: `sharer` of kSharing * 128, `place` in the CTA.
-template <int kSharing>
-__device__ void combine_block(const DecodeParams& p, Shared<kSharing>& s, int log_width,
-                              int request, int first, int count) {
-  constexpr int kSharers = kSharing * 128, kWeighed = Shared<kSharing>::kWeighed;
-  const int thread = static_cast<int>(threadIdx.x) & 127;
-  const int sharer = static_cast<int>(threadIdx.x) % kSharers, group = sharer >> 7;
-  const int place = static_cast<int>(threadIdx.x) / kSharers;
-  const Block b(static_cast<int>(blockIdx.x) * Shared<kSharing>::kBlocks + place, log_width);
+// Threads of a block: `sharer` of kSharing * kGroup, `place` in the CTA.
+template <class T>
+__device__ void combine_block(const DecodeParams& p, Shared<T>& s, int log_width, int request,
+                              int first, int count) {
+  constexpr int kSharers = T::kSharers, kSharing = T::kSharing, kGroup = T::kGroup;
+  constexpr int kWeighed = T::kWeighed, kAhead = T::kAhead, kStates = T::kStates;
+  const int sharer = static_cast<int>(threadIdx.x) % kSharers, group = sharer / kGroup;
+  const int place = static_cast<int>(threadIdx.x) / kSharers, own = sharer % kGroup;
+  const Block b(static_cast<int>(blockIdx.x) * T::kBlocks + place, log_width, kGroup);
+  const int thread = b.first_thread + own;  // of the 128 that hold the fragment
   // A narrow plan may have fewer blocks than there are places.
   if (b.row_begin >= p.rows) count = 0;
   const int width = 1 << log_width;
@@ -101,8 +118,17 @@ __device__ void combine_block(const DecodeParams& p, Shared<kSharing>& s, int lo
     return split < count && row < p.rows ? *row_state(p, first + split, row)
                                          : RowState{kNoReference, 0.0f};
   };
+  RowState state[kStates];
+  const auto load_states = [&](int begin) {
+#pragma unroll
+    for (int i = 0; i < kStates; ++i)
+      state[i] = state_of(begin + (sharer >> 3) + i * (kSharers / 8));
+  };
+  load_states(0);
   float maximum = kNoReference;
-  for (int split = sharer >> 3; split < count; split += kSharers / 8)
+#pragma unroll
+  for (int i = 0; i < kStates; ++i) maximum = fmaxf(maximum, state[i].reference);
+  for (int split = kWeighed + (sharer >> 3); split < count; split += kSharers / 8)
     maximum = fmaxf(maximum, state_of(split).reference);
   maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 8));
   maximum = fmaxf(maximum, __shfl_xor_sync(~0u, maximum, 16));
@@ -116,12 +142,16 @@ __device__ void combine_block(const DecodeParams& p, Shared<kSharing>& s, int lo
   float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   float2 sum = make_float2(0.0f, 0.0f);
   for (int begin = 0; begin < count; begin += kWeighed) {
-    if (begin > 0) __syncthreads();
-    for (int i = sharer >> 3; i < kWeighed && begin + i < count; i += kSharers / 8) {
-      const RowState state = state_of(begin + i);
-      const float weight = ptx::ex2_approx_ftz(state.reference - maximum);
-      s.weight[place][i][own_row] = weight;
-      s.share[place][i][own_row] = weight * state.sum;  // NaN in any l reaches the output
+    if (begin > 0) {
+      load_states(begin);
+      __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < kStates; ++i) {
+      const int at = (sharer >> 3) + i * (kSharers / 8);
+      const float weight = ptx::ex2_approx_ftz(state[i].reference - maximum);
+      s.weight[place][at][own_row] = weight;
+      s.share[place][at][own_row] = weight * state[i].sum;  // NaN in any l reaches the output
     }
     __syncthreads();
     const int end = min(count, begin + kWeighed);
@@ -143,16 +173,17 @@ __device__ void combine_block(const DecodeParams& p, Shared<kSharing>& s, int lo
     }
   }
   if constexpr (kSharing > 1) {
-    s.o[place][group][thread] = o;
-    s.sum[place][group][thread] = sum;
+    s.o[place][group][own] = o;
+    s.sum[place][group][own] = sum;
   }
   __syncthreads();
   if (group == 0) {
 #pragma unroll
     for (int g = 1; g < kSharing; ++g) {
-      const float4 other = s.o[place][g][thread];
+      if (g >= count) break;  // had no split
+      const float4 other = s.o[place][g][own];
       o = make_float4(o.x + other.x, o.y + other.y, o.z + other.z, o.w + other.w);
-      sum = make_float2(sum.x + s.sum[place][g][thread].x, sum.y + s.sum[place][g][thread].y);
+      sum = make_float2(sum.x + s.sum[place][g][own].x, sum.y + s.sum[place][g][own].y);
     }
     const int first_row = b.row_begin + 8 * b.n + 2 * t, g = (thread & 31) >> 2;
     const float2 inverse =
@@ -175,10 +206,10 @@ __device__ void combine_block(const DecodeParams& p, Shared<kSharing>& s, int lo
 }
 
 // Grid (blocks, some): over the plan's list.
-template <int kSharing>
-__global__ void __launch_bounds__(kThreads, 2)
+template <class T>
+__global__ void __launch_bounds__(kThreads, T::kCtas)
     combine_fragments_kernel(const __grid_constant__ DecodeParams p) {
-  __shared__ Shared<kSharing> s;
+  __shared__ Shared<T> s;
   // The decode kernel lets this one start only when the plan is there: nothing to wait for yet.
   const int num_merges = __ldcg(p.plan.num_merges);
   int i = static_cast<int>(blockIdx.y);
@@ -190,36 +221,44 @@ __global__ void __launch_bounds__(kThreads, 2)
   ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
   while (i < num_merges) {
-    combine_block(p, s, log_width, merge.request, merge.first_slot, merge.splits);
+    combine_block<T>(p, s, log_width, merge.request, merge.first_slot, merge.splits);
     i += static_cast<int>(gridDim.y);
     if (i < num_merges) merge = p.plan.merges[i];
   }
 }
 
-template <int kSharing>
-void launch_sharing(const DecodeParams& p, unsigned blocks, cudaStream_t stream) {
+// `blocks` of 8 rows x 64 dims.
+template <class T>
+void launch_as(const DecodeParams& p, unsigned blocks, cudaStream_t stream) {
   const auto requests = static_cast<unsigned>(p.batch);
-  const unsigned ctas = blocks / Shared<kSharing>::kBlocks;
+  const unsigned ctas = blocks * (128 / T::kGroup) / T::kBlocks;
   // With many requests most are usually merged by the decode kernel: few CTAs start sooner.
   const unsigned most = requests <= 16 ? requests : std::clamp(kManyCtas / ctas, 1u, requests);
-  launch("combine", Ordering::kOverlap, combine_fragments_kernel<kSharing>, dim3(ctas, most),
+  launch("combine", Ordering::kOverlap, combine_fragments_kernel<T>, dim3(ctas, most),
          dim3(kThreads), 0, stream, p);
 }
 
 }  // namespace
 
 void launch_combine_fragments(const DecodeParams& p, cudaStream_t stream) {
-  // Of equal requests: more only takes longer. Groups share where they would have many splits, and
-  // where there are not enough blocks for all SMs.
-  const int splits = std::min(p.parts / p.batch + 1, p.max_tiles);
   const auto blocks = static_cast<unsigned>(p.row_tiles * p.row_width);  // 8 rows x 64 dims each
+  // The order of sums must not depend on the batch.
+  if (p.deterministic) return launch_as<Traits<128, 4, 4, 2>>(p, blocks, stream);
+  // Of equal requests: more only takes longer.
+  const int splits = std::min(p.parts / p.batch + 1, p.max_tiles);
+  const std::int64_t all = std::int64_t{p.batch} * blocks;
+  // Groups share where they would have many splits, and where there are not enough blocks for all
+  // SMs. PERF: narrow blocks for few requests in many pieces: 4 to 16 loads of a thread, one round
+  // or two of them, instead of up to nine rounds on a part of the SMs (variant 74).
+  if (splits > 48 && all <= 32) return launch_as<Traits<32, 16, 9, 1>>(p, blocks, stream);
+  if (splits > 24 && all <= 64) return launch_as<Traits<64, 8, 9, 1>>(p, blocks, stream);
+  if (splits > 24 && all <= 128) return launch_as<Traits<64, 8, 4, 2>>(p, blocks, stream);
   const auto sharing_pays = [&](int sharing) {
-    return splits > sharing / 2 * kEnough ||
-           std::int64_t{p.batch} * blocks * sharing <= kWaveGroups;
+    return splits > sharing / 2 * kEnough || all * sharing <= kWaveGroups;
   };
-  if (p.deterministic || sharing_pays(4)) return launch_sharing<4>(p, blocks, stream);
-  if (sharing_pays(2)) return launch_sharing<2>(p, blocks, stream);
-  launch_sharing<1>(p, blocks, stream);
+  if (splits > 8 && sharing_pays(4)) return launch_as<Traits<128, 4, 4, 2>>(p, blocks, stream);
+  if (sharing_pays(2)) return launch_as<Traits<128, 2, 4, 2>>(p, blocks, stream);
+  launch_as<Traits<128, 1, 4, 2>>(p, blocks, stream);
 }
 
 }  // namespace snapmla::cuda

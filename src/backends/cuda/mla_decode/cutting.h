@@ -135,7 +135,7 @@ SNAPMLA_HD unsigned cluster_size(int ctas, int row_tiles) {
 // What one piece a part costs, in hundredths of a microsecond: a tile, a split in combine, a
 // request that is cut (its partial results, written and read), and, from 33 rows on, all SMs at
 // work at once: with half of them, of each pair of SMs one, a tile's keys arrive sooner. From
-// sweeps on an H200 (docs/notes/fp8-decode-hopper.md, variants 26 and 41).
+// sweeps on an H200 (docs/notes/fp8-decode-hopper.md, variants 26, 41 and 74).
 struct OneEachCosts {
   int tile, split, cut, crowd;
 };
@@ -143,7 +143,7 @@ struct OneEachCosts {
 // `width`: rows of a CTA; the BF16 kernel computes 64 however few there are.
 SNAPMLA_HD OneEachCosts one_each_costs(int width, int rows) {
   const int cut = rows <= 16 ? 2 : rows <= 32 ? 4 : rows <= 64 ? 14 : rows / 4;
-  if (width <= 32) return {120, 5, cut, 0};
+  if (width <= 32) return {120, 2, cut, 0};
   return {220, 2, cut, rows <= 64 ? 350 : 200};
 }
 
