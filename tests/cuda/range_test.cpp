@@ -20,6 +20,7 @@ struct Offsets {
   float (*of_token)(std::int64_t request, std::int64_t token);
   float (*of_head)(int head) = [](int) { return 1.0f; };  // how much of it the head sees
   float key_scale = 1.0f;  // of keys, and so of tokens' scales; of queries its inverse
+  float spread = 1.0f;     // of what is random in the logits
 };
 
 const Offsets kOffsets[] = {
@@ -44,13 +45,14 @@ const Offsets kOffsets[] = {
      [](int head) { return head == 37 ? 1.0f : 0.0f; }},
     {"heads far apart", [](std::int64_t, std::int64_t) { return 128.0f; },
      [](int head) { return static_cast<float>(head % 5 - 2); }},
-    // Token scales of about 2^-57: the largest s 2^logit of a row is 2^60 to 2^90, where the
-    // exponentials are good, but the sum of all over s, which is l, is beyond f32.
-    {"l alone beyond f32", [](std::int64_t, std::int64_t) { return 88.0f; },
-     [](int) { return 1.0f; }, 0x1p-50f},
+    // Token scales of about 2^-57 and logits of 85 (2^122.6), give or take little: the largest
+    // s 2^logit of a row is about 2^66, where the exponentials are good, and no 2^logit is beyond
+    // f32, but their sum, which is l, is.
+    {"l alone beyond f32", [](std::int64_t, std::int64_t) { return 85.0f; },
+     [](int) { return 1.0f; }, 0x1p-50f, 0.03f},
     {"l alone beyond f32 later",
-     [](std::int64_t, std::int64_t token) { return token < 300 ? 0.0f : 88.0f; },
-     [](int) { return 1.0f; }, 0x1p-50f},
+     [](std::int64_t, std::int64_t token) { return token < 300 ? 0.0f : 85.0f; },
+     [](int) { return 1.0f; }, 0x1p-50f, 0.03f},
 };
 
 const Offsets kSplitOffsets[] = {
@@ -111,7 +113,8 @@ gpu::Problem problem_of(const Offsets& offsets, int heads, int seqlen_q, int p_b
   data.queries = [&](BFloat16* latent, BFloat16* rope, std::int64_t rows, cudaStream_t) {
     const auto n = static_cast<std::size_t>(rows);
     const float scale = 1.0f / offsets.key_scale;
-    auto l = normal(n * 512, 9, scale), r = normal(n * 64, 10, scale);
+    auto l = normal(n * 512, 9, scale * offsets.spread);
+    auto r = normal(n * 64, 10, scale * offsets.spread);
     for (std::size_t i = 0; i < n; ++i)
       r[i * 64] = narrow(
           8.0f * offsets.of_head(static_cast<int>(static_cast<std::int64_t>(i) % s.heads)) * scale);
