@@ -205,15 +205,19 @@ def expand(pattern):  # gtest knows no [1-4]
     return ":".join(p.replace("[1-4]", n) for p in pattern.split(":") for n in ("1234" if "[1-4]" in p else "1"))
 
 
-def write_table(rows):
+def write_table(rows, more=()):
+    """`rows` by name, into the table, which has those of FAULTS, of `more` and what it had before, in this order."""
     old = DOC.read_text().splitlines() if DOC.exists() else []
     known = {line.split("|")[1].strip(): line for line in old if line.startswith("| ")}
     known.update(rows)
-    table = [known[fault[0]] for fault in FAULTS if fault[0] in known]
+    names = [fault[0] for fault in (*FAULTS, *more)]
+    table = [known[name] for name in names if name in known]
+    table += [line for name, line in known.items() if name not in names and name.startswith("gpu-")]
     DOC.write_text(
         "# Planted faults\n\nEach fault was put into a copy of the sources and the named suite was run on it "
         "(`tools/planted_faults.py`). The unchanged\nsources pass the same tests. The last column counts failing "
-        "tests under the script's filter; a crash counts as one.\n\n"
+        "tests under the script's filter; a crash counts as one. Faults named `gpu-` are those of "
+        "`tools/planted_gpu_faults.py`,\nrun on a GPU.\n\n"
         "| fault | what goes wrong | file | suite | result |\n|---|---|---|---|---|\n" + "\n".join(table) + "\n")
 
 
