@@ -8,6 +8,7 @@ A fault is a small text replacement and the suite (with a filter) that must noti
 build lie in build/faults; ccache keeps repetitions short. The unchanged sources must pass the same
 filters first. Exit status 1 when a fault is not noticed, does not apply or does not compile.
 """
+import contextlib
 import os
 import pathlib
 import shutil
@@ -205,19 +206,35 @@ def expand(pattern):  # gtest knows no [1-4]
     return ":".join(p.replace("[1-4]", n) for p in pattern.split(":") for n in ("1234" if "[1-4]" in p else "1"))
 
 
-def write_table(rows, more=()):
-    """`rows` by name, into the table, which has those of FAULTS, of `more` and what it had before, in this order."""
+@contextlib.contextmanager
+def planted(name, path, edits):
+    """The fault in the copy of the sources, for as long as this lasts."""
+    target = TREE / path
+    original = target.read_text()
+    text = original
+    for old, new in edits:
+        if old not in text:
+            sys.exit(f"error: {name}: {path} does not hold {old!r}")
+        text = text.replace(old, new)
+    try:
+        target.write_text(text)
+        yield
+    finally:
+        target.write_text(original)
+
+
+def write_table(rows):
+    """`rows` by name into the table: those of FAULTS, then those of planted_gpu_faults.py."""
     old = DOC.read_text().splitlines() if DOC.exists() else []
     known = {line.split("|")[1].strip(): line for line in old if line.startswith("| ")}
     known.update(rows)
-    names = [fault[0] for fault in (*FAULTS, *more)]
-    table = [known[name] for name in names if name in known]
-    table += [line for name, line in known.items() if name not in names and name.startswith("gpu-")]
+    table = [known[fault[0]] for fault in FAULTS if fault[0] in known]
+    table += [line for name, line in known.items() if name.startswith("gpu-")]
     DOC.write_text(
         "# Planted faults\n\nEach fault was put into a copy of the sources and the named suite was run on it "
         "(`tools/planted_faults.py`). The unchanged\nsources pass the same tests. The last column counts failing "
-        "tests under the script's filter; a crash counts as one. Faults named `gpu-` are those of "
-        "`tools/planted_gpu_faults.py`,\nrun on a GPU.\n\n"
+        "tests under the script's filter; a crash counts as one.\nFaults named `gpu-` are those of "
+        "`tools/planted_gpu_faults.py`, run on an H200.\n\n"
         "| fault | what goes wrong | file | suite | result |\n|---|---|---|---|---|\n" + "\n".join(table) + "\n")
 
 
@@ -236,23 +253,14 @@ def main():
                 sys.exit(f"error: test_{suite} fails unchanged:\n{log[-3000:]}")
     rows, bad = {}, 0
     for name, what, path, edits, suite, pattern in chosen:
-        start, target = time.time(), TREE / path
-        original = target.read_text()
-        text = original
-        for old, new in edits:
-            if old not in text:
-                sys.exit(f"error: {name}: {path} does not hold {old!r}")
-            text = text.replace(old, new)
-        try:
-            target.write_text(text)
+        start = time.time()
+        with planted(name, path, edits):
             built = build(suite)
             if built.returncode != 0:
                 print(f"{name}: does not compile\n{built.stdout[-2000:]}")
                 bad += 1
                 continue
             failed, count, _ = test(suite, pattern)
-        finally:
-            target.write_text(original)
         bad += not failed
         verdict = f"{count} failing" if failed else "NOT NOTICED"
         print(f"{name}: {verdict} in test_{suite} ({time.time() - start:.0f} s)", flush=True)

@@ -81,18 +81,8 @@ def build_all(folder, names):
     for name, _, path, edits, _ in FAULTS:
         if names and name not in names:
             continue
-        target = host.TREE / (KERNELS + path)
-        original = target.read_text()
-        text = original
-        for old, new in edits:
-            if old not in text:
-                sys.exit(f"error: {name}: {path} does not hold {old!r}")
-            text = text.replace(old, new)
-        try:
-            target.write_text(text)
+        with host.planted(name, KERNELS + path, edits):
             made(name)
-        finally:
-            target.write_text(original)
 
 
 def test(program, pattern):
@@ -110,13 +100,17 @@ def test(program, pattern):
 
 
 def run_all(folder):
+    present = {f[0] for f in FAULTS if (folder / f[0]).exists()}
+    if not present or not (folder / "unchanged").exists():
+        sys.exit(f"error: {folder}: got {len(present)} faults, accepted is what `build` made, with the unchanged program")
     for pattern in sorted({f[4] for f in FAULTS}):
         result = test(folder / "unchanged", pattern)
         if result is None or result[0] == 0 or result[1] > 0:
             sys.exit(f"error: unchanged, {pattern}: (ran, failed) = {result}, accepted is that some ran and none failed")
     bad = 0
     for name, what, path, _, pattern in FAULTS:
-        if not (folder / name).exists():
+        if name not in present:
+            print(f"{name}: not in {folder}", file=sys.stderr)
             continue
         result = test(folder / name, pattern)
         noticed = result is None or result[1] > 0
@@ -133,7 +127,7 @@ def main():
         run_all(pathlib.Path(sys.argv[2]).resolve())
     elif len(sys.argv) == 3 and sys.argv[1] == "table":
         rows = pathlib.Path(sys.argv[2]).read_text().splitlines()
-        host.write_table({row.split("|")[1].strip(): row for row in rows if row.startswith("| ")}, FAULTS)
+        host.write_table({row.split("|")[1].strip(): row for row in rows if row.startswith("| ")})
     else:
         print(__doc__, file=sys.stderr)
         sys.exit(2)
