@@ -256,6 +256,7 @@ void launch_combine_fragments(const DecodeParams& p, cudaStream_t stream) {
   const auto sharing_pays = [&](int sharing) {
     return splits > sharing / 2 * kEnough || all * sharing <= kWaveGroups;
   };
+  // For up to 8 splits two groups do: one request of 640 tokens 8.8 -> 8.4 us at 128 rows.
   if (splits > 8 && sharing_pays(4)) return launch_as<Traits<128, 4, 4, 2>>(p, blocks, stream);
   if (sharing_pays(2)) return launch_as<Traits<128, 2, 4, 2>>(p, blocks, stream);
   launch_as<Traits<128, 1, 4, 2>>(p, blocks, stream);
